@@ -49,8 +49,10 @@ class Clock:
     micro: int = 0
     micros: int = 1
     device: str = "cpu"
-    all_mean: Callable[[Sequence[Tensor]], Sequence[Tensor]] = field(default=lambda x: x, repr=False)
-    """Mean over processes of each tensor in a list (weighted by samples); the identity in one process."""
+    all_mean: Callable[[Sequence[Tensor], int], list[Tensor]] = field(
+        default=lambda tensors, count: list(tensors), repr=False, compare=False
+    )
+    """``all_mean(tensors, count)``: mean over processes, weighted by each one's sample count."""
 
     @property
     def epoch(self) -> int:
@@ -136,6 +138,8 @@ class Update:
         repeat: how often it runs in a step when due.
         clip: largest global gradient norm; None does not clip.
         maximize: ascend instead of descend.
+        whole: give the method the whole local batch even when steps are split into micro-batches (for methods
+            that are not a mean over samples, such as hypergradients).
     """
 
     name: str
@@ -147,6 +151,7 @@ class Update:
     repeat: int = 1
     clip: float | None = None
     maximize: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", list(self.params))

@@ -1,0 +1,511 @@
+"""The loop: `Run` (a folder, a seed, a device) and `fit` (one stage of training, memoised in that folder).
+
+Order of one step: clock → seed → batch → for each due Update: zero, (micro-batches: forward, backward | assign),
+reduce over processes, clip, step → after_step → log → evaluate and checkpoint when due → stop cleanly when asked.
+
+Why gradients are averaged by one flat all-reduce after backward, and not by DDP: most Systems here have several
+Updates with different parameters, some of which assign gradients; one way serves them all, weighs unequal shares
+by their sample counts exactly, and carries the stop request of any process along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.checkpoint import Checkpoints, load_optimizer, optimizer_state
+from stillhouse.errors import Interrupted, NotFinite, UserError
+from stillhouse.files import inside, read_json, write_json
+from stillhouse.progress import Progress
+from stillhouse.system import Batch, Clock, Gradients, Source, System, Terms, Update, fold, map_tensors, walk
+
+S = TypeVar("S", bound=System)
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Run:
+    """A folder, a seed and a device: where stages are trained, remembered and resumed.
+
+    Args:
+        folder: where checkpoints, logs and results go; made when missing.
+        seed: everything random is a function of it.
+        device: "auto" (GPU when there is one), "cpu", "cuda", "mps".
+        precision: "fp32", or autocast to "bf16" / "fp16" (with loss scaling).
+        compile: pass the System's modules through ``torch.compile``.
+        channels_last: keep image weights and inputs in channels-last memory order.
+        micro_batch: largest number of samples in one forward pass; a step stays one global batch.
+        workers: threads that prepare batches ahead, for data that is read from files.
+        checkpoint_every: steps between checkpoints; None saves once a minute. Never changes the result.
+        log_every: steps between rows of the log.
+        track: names of trackers for Accelerate ("tensorboard", "wandb", …).
+        quiet: print nothing.
+
+    Example:
+        >>> import tempfile
+        >>> Run(tempfile.mkdtemp(), seed=1).seed
+        1
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        seed: int = 0,
+        device: str = "auto",
+        precision: Precision = "fp32",
+        compile: bool = False,
+        channels_last: bool = False,
+        micro_batch: int | None = None,
+        workers: int = 0,
+        checkpoint_every: int | None = None,
+        log_every: int = 10,
+        track: Sequence[str] = (),
+        quiet: bool = False,
+    ):
+        if precision not in ("fp32", *DTYPES):
+            raise UserError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
+        if micro_batch is not None and micro_batch < 1:
+            raise UserError(f"micro_batch must be at least 1, got {micro_batch}")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.seed, self.precision, self.compile = seed, precision, compile
+        self.channels_last, self.micro_batch, self.workers = channels_last, micro_batch, workers
+        self.checkpoint_every, self.log_every, self.quiet = checkpoint_every, log_every, quiet
+        self.track = tuple(track)
+        self.accelerator = _accelerator(device, self.track, self.folder)
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def child(self, name: str, *, seed: int | None = None) -> Run:
+        """A run in a subfolder with the same settings: one arm of a comparison, one seed of several."""
+        other = object.__new__(Run)
+        other.__dict__.update(self.__dict__)
+        other.folder = inside(self.folder / "arms", name)
+        other.folder.mkdir(parents=True, exist_ok=True)
+        other.seed = self.seed if seed is None else seed
+        return other
+
+    def stage(self, name: str) -> Path:
+        return inside(self.folder / "stages", name)
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        """The rows logged by stage `name`: ``{"step": …, "epoch": …, "label": …, …}``, oldest first."""
+        path = self.stage(name) / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def memo(self, name: str, make: Callable[[], Any]) -> Any:
+        """A JSON value that is made once and read back when the run is resumed."""
+        path = inside(self.folder, f"{name}.json")
+        if path.exists():
+            return read_json(path)
+        value = make()
+        if self.main:
+            write_json(path, value)
+        return json.loads(json.dumps(value))
+
+    def all_mean(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+        """Mean over processes of each tensor, weighted by each process's sample count."""
+        if self.world == 1:
+            return list(tensors)
+        dtype = torch.promote_types(torch.float32, tensors[0].dtype)
+        flat = torch.cat([t.detach().reshape(-1).to(dtype) for t in tensors])
+        flat = torch.cat([flat * count, flat.new_tensor([count])])
+        torch.distributed.all_reduce(flat)
+        flat = flat[:-1] / flat[-1]
+        return [
+            part.view_as(t).to(t.dtype)
+            for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
+        ]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
+
+
+def _accelerator(device: str, track: Sequence[str], folder: Path) -> Any:
+    from accelerate import Accelerator
+
+    if device not in ("auto", "cpu") and not device.startswith(("cuda", "mps", "xpu")):
+        raise UserError(f"device must be auto, cpu, cuda or mps, got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
+    try:
+        made = Accelerator(cpu=device == "cpu", log_with=list(track) or None, project_dir=str(folder / "track"))
+    except ValueError as error:
+        raise UserError(f"--track {' '.join(track)}: {error}") from None
+    if track:
+        made.init_trackers("stillhouse")
+    return made
+
+
+def fit(
+    run: Run,
+    name: str,
+    system: S,
+    source: Source,
+    *,
+    steps: int | None = None,
+    epochs: float | None = None,
+    evaluate: Callable[[S, Clock], Mapping[str, float]] | None = None,
+    settings: Any = None,
+) -> S:
+    """Train `system` on `source` for one stage; finished → loaded, interrupted → resumed, else trained.
+
+    Args:
+        run: the folder, seed and device.
+        name: the stage's name in the run folder.
+        system: trained in place and returned.
+        source: batches as a function of the clock.
+        steps, epochs: how long (one of them); a step is one global batch.
+        evaluate: called after every epoch with the system in eval mode; its numbers are logged.
+        settings: a dataclass or mapping kept with the checkpoint; resuming under other settings is refused.
+
+    Returns:
+        The same system, trained.
+
+    Raises:
+        UserError: the checkpoint is damaged or belongs to other settings or data.
+        NotFinite: a loss became NaN or infinite; the last good checkpoint is kept.
+        Interrupted: Ctrl-C or SIGTERM arrived; the run saved itself.
+    """
+    if (steps is None) == (epochs is None):
+        raise ValueError("fit() takes either steps or epochs")
+    total = steps if steps is not None else max(1, round((epochs or 0) * source.steps_per_epoch))
+    return _Fit(run, name, system, source, total, evaluate, settings).go()
+
+
+class _Fit:
+    """One call of `fit`: the state of the loop, so that each part of a step is one short method."""
+
+    def __init__(self, run: Run, name: str, system: Any, source: Source, steps: int, evaluate: Any, settings: Any):
+        self.run, self.name, self.system, self.source = run, name, system, source
+        self.steps, self.evaluate = steps, evaluate
+        self.system.to(run.device)
+        if run.channels_last:
+            self.system.to(memory_format=torch.channels_last)
+        self.updates = list(system.updates())
+        self.optimizers = {u.name: u.optimizer(u.params) for u in self.updates}
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
+        self.identity = _identity(run, name, system, source, steps, settings)
+        self.checkpoints = Checkpoints(run.stage(name))
+        self.rows: list[dict[str, Any]] = []
+        self.pending: dict[str, Tensor] = {}
+        self.bad = torch.zeros((), dtype=torch.int64, device=run.device)  # 1 + the first step with a bad loss
+        self.clock = Clock(
+            seed=run.seed,
+            stage=name,
+            steps=steps,
+            steps_per_epoch=source.steps_per_epoch,
+            rank=run.rank,
+            world=run.world,
+            device=str(run.device),
+            all_mean=run.all_mean,
+        )
+
+    # -- the stage --------------------------------------------------------------------------------------
+
+    def go(self) -> Any:
+        start = self.restore()
+        if start >= self.steps:
+            return self.system
+        if self.run.compile:
+            for child in self.system.children():
+                child.compile()
+        self.system.train()
+        saved_at = time.monotonic()
+        with _graceful() as stop, Progress(self.name, self.steps, start, not self.run.main or self.run.quiet) as bar:
+            for step in range(start, self.steps):
+                clock = dataclasses.replace(self.clock, step=step)
+                stopping = self.step(clock, stop.is_set())
+                done = step + 1
+                self.log(clock, last=done == self.steps or stopping)
+                bar.advance(self.rows)
+                if self.evaluate and (done % self.clock.steps_per_epoch == 0 or done == self.steps):
+                    self.rows.append({"step": step, "epoch": clock.epoch, **self.measure(clock)})
+                every = self.run.checkpoint_every
+                due = done % every == 0 if every else self.elapsed(saved_at) > 60
+                if due or stopping or done == self.steps:
+                    self.save(done)
+                    saved_at = time.monotonic()
+                if stopping and done < self.steps:
+                    raise Interrupted(f"stopped after step {done} of {self.steps} of stage {self.name!r}; all is saved")
+        return self.system
+
+    def elapsed(self, since: float) -> float:
+        """Seconds since the last checkpoint; one process decides for all, or they would save apart."""
+        if self.run.world == 1:
+            return time.monotonic() - since
+        value = torch.tensor([time.monotonic() - since], device=self.run.device)
+        torch.distributed.broadcast(value, 0)
+        return float(value)
+
+    def measure(self, clock: Clock) -> dict[str, float]:
+        self.system.eval()
+        with torch.no_grad():
+            values = dict(self.evaluate(self.system, clock))
+        self.system.train()
+        return values
+
+    # -- one step ---------------------------------------------------------------------------------------
+
+    def step(self, clock: Clock, stop: bool) -> bool:
+        torch.manual_seed(fold(clock.seed, clock.stage, clock.step, clock.rank))
+        batch = self.source.batch(clock)
+        stopping = stop
+        for update in self.updates:
+            if update.due(clock.step):
+                for _ in range(update.repeat):
+                    stopping = self.apply(update, batch, clock, stopping)
+        self.system.after_step(clock)
+        if self.run.world > 1:
+            self.share_buffers()
+        return stopping
+
+    def apply(self, update: Update, batch: Batch, clock: Clock, stop: bool) -> bool:
+        optimizer = self.optimizers[update.name]
+        optimizer.zero_grad(set_to_none=True)
+        if update.lr is not None:
+            factor = update.lr(clock)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        method = getattr(self.system, update.name)
+        pieces, counts = self.split(batch, update)
+        scaled = False
+        for index, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
+            share = count / sum(counts)
+            at = clock if len(pieces) == 1 else dataclasses.replace(clock, micro=index, micros=len(pieces))
+            scaled |= self.gather(update, method(self.to_device(piece), at), share)
+        stop = self.reduce(update, sum(counts), stop)
+        if update.maximize:
+            for p in update.params:
+                if p.grad is not None:
+                    p.grad.neg_()
+        if scaled:
+            self.scaler.unscale_(optimizer)
+        if update.clip is not None:
+            torch.nn.utils.clip_grad_norm_(update.params, update.clip)
+        if scaled:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optimizer.step()
+        return stop
+
+    def gather(self, update: Update, result: Terms | Gradients, share: float) -> bool:
+        """Adds one micro-batch's gradients; returns whether they carry the loss scale."""
+        if isinstance(result, Terms):
+            total = result.total
+            self.watch(total)
+            loss = total if share == 1 else total * share
+            one = len(self.updates) == 1
+            self.scaler.scale(loss).backward(inputs=None if one else update.params)
+            self.note({**result.terms, **result.notes}, share)
+            return self.scaler.is_enabled()
+        if not isinstance(result, Gradients):
+            raise TypeError(f"{update.name} must return Terms or Gradients, got {type(result).__name__}")
+        for p, g in zip(update.params, result.grads, strict=True):
+            if g is not None:
+                g = g.detach() if share == 1 else g.detach() * share
+                p.grad = g.to(p.dtype) if p.grad is None else p.grad + g
+                self.watch(g.sum())
+        self.note(result.notes, share)
+        return False
+
+    def watch(self, value: Tensor) -> None:
+        """Remembers the first step with a value that is not finite, without waiting for the device."""
+        bad = (~torch.isfinite(value.detach())).to(self.bad.dtype) * (self.now + 1)
+        self.bad = torch.where(self.bad > 0, self.bad, bad)
+
+    def note(self, values: Mapping[str, Tensor], share: float) -> None:
+        for key, value in values.items():
+            value = value.detach() * share if value.is_floating_point() else value.detach()
+            self.pending[key] = self.pending[key] + value if key in self.pending and share < 1 else value
+
+    def split(self, batch: Batch, update: Update) -> tuple[list[Batch], list[int]]:
+        limit = self.run.micro_batch
+        if limit is None or update.whole:
+            return [batch], [_count(batch)]
+        pieces = -(-_count(batch) // limit)
+        if pieces <= 1:
+            return [batch], [_count(batch)]
+        parts = [map_tensors(batch, lambda t, i=i: torch.tensor_split(t, pieces)[i]) for i in range(pieces)]
+        return parts, [_count(p) for p in parts]
+
+    def to_device(self, batch: Batch) -> Batch:
+        if self.run.device.type == "cpu" and not self.run.channels_last:
+            return batch
+        return _Moved(batch, self.run.device, self.run.channels_last)
+
+    def reduce(self, update: Update, count: int, stop: bool) -> bool:
+        if self.run.world == 1:
+            return stop
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in update.params]
+        flag = torch.tensor([float(stop)], device=self.run.device)
+        *means, stopped = self.run.all_mean([*grads, flag], count)
+        for p, mean in zip(update.params, means, strict=True):
+            p.grad = mean
+        return bool(stopped > 0)
+
+    def share_buffers(self) -> None:
+        """Running statistics follow process 0, as in DistributedDataParallel."""
+        buffers = [b for b in self.system.buffers() if b.is_floating_point() and b.numel()]
+        if buffers:
+            flat = torch.cat([b.reshape(-1).float() for b in buffers])
+            torch.distributed.broadcast(flat, 0)
+            for b, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+                b.copy_(part.view_as(b))
+
+    # -- remembering ------------------------------------------------------------------------------------
+
+    @property
+    def now(self) -> int:
+        return self._now
+
+    def log(self, clock: Clock, last: bool) -> None:
+        self._now = clock.step + 1
+        if not last and clock.step % self.run.log_every:
+            self.pending = {}
+            return
+        self.check(clock.step)
+        row: dict[str, Any] = {"step": clock.step, "epoch": round(clock.step / clock.steps_per_epoch, 4)}
+        row.update({k: v.tolist() for k, v in self.pending.items()})
+        self.pending = {}
+        self.rows.append(row)
+        if self.run.track and self.run.main:
+            flat = {k: v for k, v in row.items() if isinstance(v, int | float)}
+            self.run.accelerator.log({f"{self.name}/{k}": v for k, v in flat.items()}, step=clock.step)
+
+    def check(self, step: int) -> None:
+        first = int(self.bad)
+        if first:
+            kept = self.checkpoints.describe()
+            raise NotFinite(
+                f"stage {self.name!r}: the loss is not finite at step {first - 1}; lower the learning rate or clip; {kept}"
+            )
+
+    def save(self, done: int) -> None:
+        self.check(done)
+        if self.run.main:
+            state = {f"system/{k}": v for k, v in self.system.state_dict().items()}
+            facts: dict[str, Any] = {"step": done, "steps": self.steps, "identity": self.identity}
+            for name, optimizer in self.optimizers.items():
+                tensors, scalars = optimizer_state(optimizer)
+                state.update({f"optimizer/{name}/{k}": v for k, v in tensors.items()})
+                facts[f"optimizer/{name}"] = scalars
+            if self.scaler.is_enabled():
+                facts["scaler"] = self.scaler.state_dict()
+            if hasattr(self.source, "state_dict"):
+                state.update({f"source/{k}": v for k, v in self.source.state_dict().items()})
+            self.checkpoints.write(state, facts, self.rows)
+        self.rows = []
+        self.run.barrier()
+
+    def restore(self) -> int:
+        self._now = 0
+        found = self.checkpoints.read(self.identity)
+        if found is None:
+            return 0
+        tensors, facts = found
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.system.load_state_dict(under("system/"))
+        for name, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, under(f"optimizer/{name}/"), facts[f"optimizer/{name}"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(facts["scaler"])
+        if hasattr(self.source, "load_state_dict"):
+            self.source.load_state_dict(under("source/"))
+        self._now = int(facts["step"])
+        return self._now
+
+
+class _Moved(Mapping[str, Any]):
+    """A batch whose parts go to the device when they are asked for (a lazy part may never be)."""
+
+    def __init__(self, batch: Batch, device: torch.device, channels_last: bool):
+        self.batch, self.device, self.channels_last = batch, device, channels_last
+        self.moved: dict[str, Any] = {}
+
+    def move(self, t: Tensor) -> Tensor:
+        t = t.to(self.device, non_blocking=True)
+        return t.contiguous(memory_format=torch.channels_last) if self.channels_last and t.dim() == 4 else t
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.moved:
+            self.moved[key] = map_tensors(self.batch[key], self.move)
+        return self.moved[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.batch)
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+def _count(batch: Batch) -> int:
+    """Samples in a batch: the length of its first tensor; of the first part of a joint batch."""
+    first = batch[next(iter(batch))]
+    while isinstance(first, Mapping):
+        first = first[next(iter(first))]
+    return len(first) if isinstance(first, Tensor) else len(next(walk(first)))
+
+
+def _identity(run: Run, name: str, system: nn.Module, source: Source, steps: int, settings: Any) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be continued."""
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        settings = dataclasses.asdict(settings)
+    shapes = [(k, list(v.shape)) for k, v in system.state_dict().items()]
+    facts = {
+        "stage": name,
+        "system": type(system).__name__,
+        "tensors": f"{len(shapes)} tensors, {fold(shapes):x}",
+        "data": source.fingerprint,
+        "steps": steps,
+        "seed": run.seed,
+        "precision": run.precision,
+        **{f"settings.{k}": v for k, v in dict(settings or {}).items()},
+    }
+    return json.loads(json.dumps(facts, default=str))
+
+
+@contextlib.contextmanager
+def _graceful() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads after each step; a second one is final."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

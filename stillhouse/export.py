@@ -1,0 +1,359 @@
+"""A model as files that live without the run: safetensors + plan.json, ONNX, torch.export; each checked."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.errors import UserError, did_you_mean, need
+from stillhouse.evaluate import call, evaluating
+from stillhouse.files import atomic_write, read_json, replacing, strict
+from stillhouse.system import fold, map_tensors, walk
+
+WEIGHTS, PLAN = "model.safetensors", "plan.json"
+Runner = Callable[[Any], list[Tensor]]
+Format = Literal["onnx", "torch-export", "safetensors"]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the check of an exported file found.
+
+    Attributes:
+        path: the file. format: ``onnx``, ``torch-export`` or ``safetensors``.
+        max_abs_diff: largest |file − model| over all outputs of all inputs tried.
+        samples: how many random samples were tried.
+        bytes: size of the file.
+    """
+
+    path: str
+    format: str
+    max_abs_diff: float
+    samples: int
+    bytes: int
+
+    def __str__(self) -> str:
+        worst, many = f"{self.max_abs_diff:.2e}", f"{self.samples} random samples"
+        return f"{self.path} ({self.format}, {self.bytes} bytes): largest difference {worst} on {many}"
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors can hold it: CPU, contiguous, every entry with storage of its own.
+
+    Tied weights are written once per name, so a student loads without knowing what is tied.
+
+    Raises:
+        UserError: an entry is not a tensor (extra state of a module) or has no data (meta device).
+    """
+    out: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"{name!r} in the state is a {type(value).__name__}, only tensors can be saved; move it out"
+            )
+        if value.is_meta:
+            raise UserError(f"{name!r} is on the meta device and has no data; load the weights before saving")
+        out[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return out
+
+
+def save_student(folder: str | Path, model: nn.Module, *, plan_json: Mapping[str, Any]) -> Path:
+    """Write ``model.safetensors`` and ``plan.json`` into a folder, each whole or not at all.
+
+    The weights carry the SHA-256 of the plan they were saved with: after a crash between the two files
+    `read_student` says so instead of mixing two saves.
+
+    Args:
+        folder: made when missing; other files in it stay.
+        model: the student; parameters and buffers are written as they are (dtype kept).
+        plan_json: how to build the student's structure, strict JSON.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: no space, not writable, or a state entry that is no tensor.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    text = json.dumps(strict(plan_json), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    raw = text.encode("utf-8", "backslashreplace")
+    atomic_write(folder / WEIGHTS, save(weights(model), {"format": "pt", "plan_sha256": _sha(raw)}))
+    atomic_write(folder / PLAN, raw)
+    return folder
+
+
+def read_student(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and plan as `save_student` wrote them; nothing pickled is read.
+
+    Returns:
+        The state dict (CPU tensors) and the plan.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two are not of the same save; names the file.
+    """
+    folder = Path(folder)
+    plan = read_json(folder / PLAN)
+    if not isinstance(plan, dict):
+        raise UserError(
+            f"{folder / PLAN} holds a {type(plan).__name__}, expected an object; export the student again"
+        )
+    state, metadata = read_weights(folder / WEIGHTS)
+    expected = metadata.get("plan_sha256")
+    if expected is not None and expected != _sha((folder / PLAN).read_bytes()):
+        raise UserError(
+            f"{PLAN} and {WEIGHTS} in {folder} are not of the same save; export the student again"
+        )
+    return state, plan
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; check the folder or export the student again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} is damaged ({why}); restore it or export the student again") from None
+
+
+def _sha(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
+def export(
+    model: nn.Module,
+    example: Any,
+    to: Format,
+    path: str | Path,
+    *,
+    tolerance: float = 1e-4,
+    batch: Literal["dynamic"] | int = "dynamic",
+    structure: nn.Module | None = None,
+) -> Parity:
+    """Write the model in a format others can run, run the file, and compare it with the model.
+
+    The file takes its place only when |file − model| ≤ tolerance · max(1, max |model|) on random inputs
+    shaped like the example; otherwise it is kept beside as ``*.failed``.
+
+    Args:
+        model: exported in eval mode on the CPU (one on another device is copied); stays as it is.
+        example: one input with a batch dimension first (a mapping is passed by name, a tuple by position).
+        to: ``onnx`` (torch's exporter, checked in onnxruntime), ``torch-export`` (a ``.pt2`` program) or
+            ``safetensors`` (weights only, reloaded into ``structure`` or a zeroed copy of the model).
+        path: the file to write.
+        tolerance: see above.
+        batch: ``"dynamic"`` for any batch size, or one fixed size.
+        structure: for ``safetensors``, a freshly built model of the same structure.
+
+    Returns:
+        The `Parity` found.
+
+    Raises:
+        UserError: unknown format, missing extra, a model that cannot be traced, or parity not met.
+
+    Source: safetensors; torch.export and torch.onnx.export(dynamo=True) of PyTorch.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as d:
+        ...     found = export(nn.Linear(4, 2), torch.zeros(1, 4), "safetensors", f"{d}/net.safetensors")
+        >>> found.max_abs_diff
+        0.0
+    """
+    writers = {"onnx": _onnx, "torch-export": _torch_export, "safetensors": _safetensors}
+    if to not in writers:
+        raise UserError(f"unknown export format {to!r}; {did_you_mean(str(to), writers)}")
+    if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
+        raise UserError(f"batch must be 'dynamic' or a size >= 1, got {batch!r}")
+    path, example = Path(path), map_tensors(example, lambda t: t.detach().cpu())
+    model = model if all(t.device.type == "cpu" for t in _tensors(model)) else copy.deepcopy(model).cpu()
+    sizes = [1, 3] if batch == "dynamic" else [batch, batch]
+    suffix = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}[to]
+    with evaluating(model), replacing(path, suffix) as temp:
+        run = writers[to](
+            model, _resized(example, 2 if batch == "dynamic" else batch), temp, batch, structure
+        )
+        worst, allowed = _compare(model, example, run, sizes, tolerance)
+        found = Parity(str(path), to, worst, 2 * sum(sizes), temp.stat().st_size)
+        if not worst <= allowed:
+            failed = path.with_name(path.name + ".failed")
+            os.replace(temp, failed)
+            raise UserError(
+                f"{to} file differs from the model by {worst:.3g}, allowed {allowed:.3g}; it is "
+                f"kept as {failed}; raise the tolerance or use another format"
+            )
+    return found
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _resized(example: Any, n: int) -> Any:
+    """The example with batch size n: its samples repeated in turn."""
+    return map_tensors(example, lambda t: t[torch.arange(n) % len(t)] if t.dim() else t)
+
+
+def _random(example: Any, n: int, seed: int) -> Any:
+    """A random input like the example: normal with its mean and deviation, or whole numbers in its range."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(t: Tensor) -> Tensor:
+        if not t.dim():
+            return t
+        shape = (n, *t.shape[1:])
+        if t.is_floating_point():
+            centre, wide = float(t.double().mean()), float(t.double().std(correction=0))
+            return (torch.randn(shape, generator=g) * (wide or 1.0) + centre).to(t.dtype)
+        return torch.randint(int(t.min()), int(t.max()) + 1, shape, generator=g).to(t.dtype)
+
+    return map_tensors(example, draw)
+
+
+@torch.no_grad()
+def _compare(
+    model: nn.Module, example: Any, run: Runner, sizes: list[int], tolerance: float
+) -> tuple[float, float]:
+    """Largest difference between file and model over two random inputs of each size, and what is allowed."""
+    worst, scale = 0.0, 1.0
+    for index, n in enumerate(sizes * 2):
+        inputs = _random(example, n, fold("parity", index))
+        ours = list(walk(call(model, inputs)))
+        try:
+            theirs = run(inputs)
+        except Exception as error:
+            raise UserError(f"the exported file does not run on a batch of {n}: {_line(error)}") from error
+        if [tuple(t.shape) for t in ours] != [tuple(t.shape) for t in theirs]:
+            return math.inf, tolerance
+        for a, b in zip(ours, theirs):
+            if not a.numel():
+                continue
+            gap = (a.double() - b.double()).abs().max().item()
+            worst = math.inf if math.isnan(gap) else max(worst, gap)
+            scale = max(scale, a.double().abs().max().item())
+    return worst, tolerance * scale
+
+
+def _line(error: Exception) -> str:
+    """The first line an error says, or its kind."""
+    return next((s.strip()[:200] for s in str(error).splitlines() if s.strip()), type(error).__name__)
+
+
+def _split(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments of the call."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example), {}) if isinstance(example, tuple | list) else ((example,), {})
+
+
+def _program(model: nn.Module, example: Any, batch: Literal["dynamic"] | int) -> torch.export.ExportedProgram:
+    args, named = _split(example)
+    shapes = None
+    if batch == "dynamic":
+        axis = {0: torch.export.Dim.DYNAMIC}
+        free = map_tensors((args, named), lambda t: axis if t.dim() else None)  # type: ignore[arg-type, return-value]
+        shapes = free[1] if named else free[0]
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, named, dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises many kinds; the user needs one line
+        fix = (
+            "give batch=1 or another fixed size if the model fixes its batch"
+            if shapes
+            else "simplify its forward"
+        )
+        raise UserError(
+            f"{type(model).__name__} cannot be exported by torch.export: {_line(error)}; {fix}"
+        ) from error
+
+
+def _onnx(
+    model: nn.Module, example: Any, path: Path, batch: Literal["dynamic"] | int, _: nn.Module | None
+) -> Runner:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise need("export", error.name or "onnx") from None
+    if sum(t.numel() * t.element_size() for t in _tensors(model)) > 2_000_000_000:
+        raise UserError("an ONNX file holds at most 2 GB of weights; use torch-export or safetensors")
+    if any(t.dtype == torch.bfloat16 for t in _tensors(model)):
+        raise UserError("onnxruntime does not run bfloat16 on the CPU; export model.float()")
+    program = _program(model, example, batch)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            written = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert written is not None
+        written.save(str(path), external_data=False)
+        onnx.checker.check_model(str(path), full_check=True)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except OSError:
+        raise
+    except Exception as error:  # exporter, checker and runtime each have their own kinds
+        raise UserError(
+            f"{type(model).__name__} has no valid ONNX form: {_line(error)}; use torch-export"
+        ) from error
+    names = [i.name for i in session.get_inputs()]
+
+    def run(inputs: Any) -> list[Tensor]:
+        given = inputs if isinstance(inputs, Mapping) else dict(zip(names, walk(inputs)))
+        return [torch.as_tensor(o) for o in session.run(None, {n: given[n].numpy() for n in names})]
+
+    return run
+
+
+def _torch_export(
+    model: nn.Module, example: Any, path: Path, batch: Literal["dynamic"] | int, _: nn.Module | None
+) -> Runner:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(_program(model, example, batch), str(path))
+        loaded = torch.export.load(str(path)).module()
+    return lambda inputs: list(walk(call(loaded, inputs)))
+
+
+def _safetensors(
+    model: nn.Module, _: Any, path: Path, __: Literal["dynamic"] | int, structure: nn.Module | None
+) -> Runner:
+    from safetensors.torch import save
+
+    path.write_bytes(save(weights(model), {"format": "pt"}))
+    fresh = structure
+    if fresh is None:
+        fresh = copy.deepcopy(model)
+        with torch.no_grad():
+            for value in fresh.state_dict().values():
+                value.zero_()
+    state, _metadata = read_weights(path)
+    try:
+        fresh.load_state_dict(state)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"the given structure does not take these weights: {why}") from None
+    fresh.eval()
+    return lambda inputs: list(walk(call(fresh, inputs)))

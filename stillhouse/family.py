@@ -1,0 +1,209 @@
+"""Family: the models that one run gives, their importance and their ensemble; how they are saved and measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.errors import UserError
+from stillhouse.evaluate import agreement, classification, count_macs, count_params, diversity, latency, predict
+from stillhouse.export import read_student, save_student
+from stillhouse.files import inside
+from stillhouse.models import ModelSpec
+from stillhouse.report import Matrix, Student
+from stillhouse.students.plan import Plan
+
+if TYPE_CHECKING:
+    from stillhouse.data import Data, Samples
+
+
+@dataclass
+class Member:
+    """One model of a family.
+
+    Attributes:
+        name: its folder's name.
+        model: a dense network, on the CPU, in eval mode.
+        plan: how it differs from the base.
+        importance: its weight in the ensemble.
+    """
+
+    name: str
+    model: nn.Module
+    plan: Plan
+    importance: float
+
+
+@dataclass
+class Family:
+    """The models of one run, largest budget first.
+
+    Example (see the README for a whole one)::
+
+        family = wml.distill(run, data, base)
+        family["p50"].model(x)          # one member
+        family.save("runs/mine")        # runs/mine/students/p50/{model.safetensors, plan.json}
+    """
+
+    members: list[Member]
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    base: nn.Module
+    spec: ModelSpec | None = None
+    cost: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    logs: list[dict[str, Any]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, name: str) -> Member:
+        for m in self.members:
+            if m.name == name:
+                return m
+        raise KeyError(f"{name!r}; members are {[m.name for m in self.members]}")
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Writes every member to ``folder/students/NAME/{model.safetensors, plan.json}``."""
+        return [
+            save_student(inside(Path(folder) / "students", m.name), m.model, plan_json=self._facts(m))
+            for m in self.members
+        ]
+
+    def _facts(self, m: Member) -> dict[str, Any]:
+        facts = json.loads(m.plan.to_json())
+        facts["base"] = self.spec.to_json() if self.spec else {"class": type(self.base).__qualname__}
+        return {**facts, "name": m.name, "classes": list(self.classes), "shape": list(self.shape)}
+
+    def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
+        """Σ_i ω_i z_i of the members' logits, each (N, c)."""
+        return sum(m.importance * z for m, z in zip(self.members, logits, strict=True))  # type: ignore[return-value]
+
+    def logits(self, samples: Samples, device: Any = "cpu") -> tuple[list[Tensor], Tensor]:
+        """Every member's logits on `samples`, [(N, c)], and the labels (N,)."""
+        found = [predict(m.model, samples, device=device) for m in self.members]
+        for m in self.members:
+            m.model.cpu()
+        return [z for z, _ in found], found[0][1]
+
+    def evaluate(self, data: Data, device: Any = "cpu") -> dict[str, Any]:
+        """Quality alone, fast: mean peer accuracy, per-member accuracy and NLL, the ensemble's accuracy and NLL."""
+        z, y = self.logits(data.test, device)
+        each = [classification(a, y) for a in z]
+        both = classification(self.ensemble(z), y)
+        return {
+            "mean_accuracy": sum(e["accuracy"] for e in each) / len(each),
+            "mean_nll": sum(e["nll"] for e in each) / len(each),
+            "accuracy": {m.name: e["accuracy"] for m, e in zip(self.members, each, strict=True)},
+            "nll": {m.name: e["nll"] for m, e in zip(self.members, each, strict=True)},
+            "ensemble_accuracy": both["accuracy"],
+            "ensemble_nll": both["nll"],
+            "ensemble_ece": both["ece"],
+            "diversity": diversity(z) if len(z) > 1 else 0.0,
+            "importance": {m.name: m.importance for m in self.members},
+        }
+
+    def measure(self, data: Data, folder: str | Path, device: Any = "cpu") -> tuple[list[Student], dict, list[Matrix]]:
+        """Everything a report says of the members: quality, size, multiply-accumulates, latency, agreement.
+
+        Args:
+            data: judged on ``data.test`` and every extra test part.
+            folder: where `save` wrote the members, for their bytes on disk.
+            device: where quality is measured; latency is always measured on one CPU thread.
+
+        Returns:
+            report rows (members, then the ensemble), metrics, matrices.
+        """
+        example = torch.zeros(1, *self.shape)
+        base_params, base_macs = count_params(self.base), count_macs(self.base, example)
+        base_ms = latency(self.base, example).median_ms
+        z, y = self.logits(data.test, device)
+        extra = {name: self.logits(part, device) for name, part in data.extra.items()}
+        rows = []
+        for i, m in enumerate(self.members):
+            speed = latency(m.model, example)
+            params, macs = count_params(m.model), count_macs(m.model, example)
+            path = Path(folder) / "students" / m.name
+            metrics = {k: v for k, v in classification(z[i], y).items() if k in ("accuracy", "nll", "ece")}
+            metrics.update(
+                bytes=(path / "model.safetensors").stat().st_size,
+                compression=base_params / params,
+                macs_ratio=base_macs / macs,
+                speedup=base_ms / speed.median_ms,
+                importance=m.importance,
+                latency_p10=speed.p10_ms,
+                latency_p90=speed.p90_ms,
+                threads=speed.threads,
+            )
+            metrics.update({f"accuracy_{k}": classification(a[i], b)["accuracy"] for k, (a, b) in extra.items()})
+            rows.append(Student(m.name, f"students/{m.name}", params, macs, speed.median_ms, metrics))
+        both = classification(self.ensemble(z), y)
+        kept = {k: both[k] for k in ("accuracy", "nll", "ece")}
+        kept.update({f"accuracy_{k}": classification(self.ensemble(a), b)["accuracy"] for k, (a, b) in extra.items()})
+        rows.append(Student("ensemble", None, metrics=kept, role="ensemble"))
+        metrics = {
+            "mean_accuracy": sum(r.metrics["accuracy"] for r in rows[:-1]) / len(self),
+            "ensemble_accuracy": both["accuracy"],
+            "ensemble_nll": both["nll"],
+            "base_params": base_params,
+            "base_macs": base_macs,
+        }
+        names = [m.name for m in self.members]
+        pictures = [Matrix("Agreement between peers", names, agreement(z).tolist())] if len(z) > 1 else []
+        return rows, metrics, pictures
+
+
+def names_of(ratios: Sequence[float]) -> list[str]:
+    """Folder names of members by the share of the budget they gave up: p00, p30, p50; repeated ones get a letter.
+
+    Example:
+        >>> names_of([0, 0.3, 0.3])
+        ['p00', 'p30', 'p30b']
+    """
+    found: list[str] = []
+    for r in ratios:
+        name = f"p{100 * r:04.1f}".removesuffix(".0").replace(".", "_")
+        repeats = sum(n.rstrip("bcdefghijklmnopqrstuvwxyz") == name for n in found)
+        found.append(name + ("" if not repeats else chr(ord("a") + repeats)))
+    return found
+
+
+def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:
+    """A student from its folder, in eval mode: builds the base's structure, applies the plan, loads the weights.
+
+    Args:
+        folder: ``RUN/students/NAME``, with model.safetensors and plan.json.
+        base: a network of the base's structure; needed when the run was given a live module, whose construction
+            nothing on disk knows.
+
+    Raises:
+        UserError: files that are missing or damaged, a base that does not fit or is not known.
+
+    Example::
+
+        model = stillhouse.load("runs/r18/students/p50")
+    """
+    tensors, facts = read_student(folder)
+    if base is None:
+        known: Mapping[str, Any] = facts.get("base") or {}
+        if "name" not in known:
+            raise UserError(
+                f"{folder}: this student was made from a live {known.get('class', 'network')}, which cannot be built "
+                "by name; call stillhouse.load(folder, base=your_network)"
+            )
+        base = ModelSpec.from_json(known).build()
+    model = Plan.from_json(facts).build(base)
+    wrong = model.load_state_dict(tensors, strict=False)
+    if wrong.missing_keys or wrong.unexpected_keys:
+        name = (wrong.missing_keys + wrong.unexpected_keys)[0]
+        raise UserError(f"{folder}: model.safetensors and plan.json do not fit each other, first at {name!r}")
+    return model.eval()

@@ -1,0 +1,162 @@
+"""One common target from the logits of a group: KDCL (CVPR 2020) and its General weights.
+
+All targets stay attached to `z`; `stillhouse.objectives.kl` detaches its teacher, which is what KDCL does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stillhouse.errors import UserError
+from stillhouse.objectives.logits import _peers, cross_entropy
+
+
+def kdcl_mean(z: Tensor) -> Tensor:
+    """Σ_i z_i / M, (M, n, C) -> (n, C): the target of the usual re-implementations of KDCL."""
+    return _peers(z, "kdcl_mean").mean(0)
+
+
+def kdcl_naive(z: Tensor, y: Tensor) -> Tensor:
+    """Per sample the logits of the peer with the smallest cross-entropy; the first one on a tie.
+
+    Args:
+        z: (M, n, C) logits.
+        y: (n,) labels.
+
+    Returns:
+        (n, C).
+
+    Example:
+        >>> kdcl_naive(torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([1]))
+        tensor([[0., 1.]])
+    """
+    z = _peers(z, "kdcl_naive")
+    best = cross_entropy(z.detach(), y).argmin(0)
+    return z[best, torch.arange(z.shape[1], device=z.device)]
+
+
+def kdcl_linear(z: Tensor, y: Tensor, steps: int = 60) -> Tensor:
+    """Σ_i a_i z_i with a from `linear_weights`: the best convex combination of this batch, (n, C).
+
+    The weights are constants to the gradient; the logits are not.
+    """
+    z = _peers(z, "kdcl_linear")
+    return torch.tensordot(linear_weights(z, y, steps).to(z.dtype), z, dims=1)
+
+
+@torch.no_grad()
+def linear_weights(z: Tensor, y: Tensor, steps: int = 60, gap: float = 1e-9) -> Tensor:
+    """a = argmin over the simplex of mean_n CE(Σ_i a_i z_i, y), to a certified duality gap.
+
+    The problem is convex. Newton's method on f(a) − μ Σ log a_i with 1ᵀa = 1, μ falling tenfold each time
+    its centre is reached; the gap at a centre is M·μ. Computed in float64, detached.
+
+    Args:
+        z: (M, n, C) logits.
+        y: (n,) labels.
+        steps: most Newton steps; about 25 are used.
+        gap: largest distance of the loss from its minimum.
+
+    Returns:
+        (M,) float64, positive, sums to 1.
+
+    Example:
+        >>> z = torch.tensor([[[4.0, 0.0], [0.0, 4.0]], [[0.0, 4.0], [4.0, 0.0]]])
+        >>> linear_weights(z, torch.tensor([0, 1])).round(decimals=6)
+        tensor([1., 0.], dtype=torch.float64)
+    """
+    z = _peers(z, "linear_weights").double()
+    m, n, _ = z.shape
+
+    def loss(a: Tensor, mu: float) -> Tensor:
+        return cross_entropy(torch.tensordot(a, z, dims=1), y).mean() - mu * a.log().sum()
+
+    a, mu = z.new_full((m,), 1 / m), 0.01
+    kkt = z.new_zeros(m + 1, m + 1)
+    kkt[:m, m] = kkt[m, :m] = 1
+    for _ in range(steps):
+        p = torch.tensordot(a, z, dims=1).softmax(-1)
+        mean = (p * z).sum(-1)
+        spread = (p.sqrt() * (z - mean.unsqueeze(-1))).flatten(1)
+        grad = (mean - z[:, torch.arange(n, device=z.device), y]).mean(-1) - mu / a
+        kkt[:m, :m] = spread @ spread.T / n + torch.diag(mu / a**2)
+        move = torch.linalg.solve(kkt, torch.cat([-grad, grad.new_zeros(1)]))[:m]
+        slope = -float(grad @ move)  # squared Newton decrement: twice the distance from this centre
+        if slope < 0.1 * mu:
+            if m * mu <= gap:
+                break
+            mu /= 10
+            continue
+        back = float((-a / move)[move < 0].min()) if bool((move < 0).any()) else 1.0
+        t, here = min(1.0, 0.99 * back), float(loss(a, mu))
+        while float(loss(a + t * move, mu)) > here - 0.01 * t * slope and t > 1e-6:
+            t /= 2
+        a = a + t * move
+    return a / a.sum()
+
+
+def kdcl_minlogit(z: Tensor, y: Tensor) -> Tensor:
+    """min over peers of z_i − z_i[y], element by element; 0 for the true class.
+
+    Args:
+        z: (M, n, C) logits.
+        y: (n,) labels.
+
+    Returns:
+        (n, C). Its softmax gives the true class at least the probability any peer gives it.
+
+    Example:
+        >>> kdcl_minlogit(torch.tensor([[[2.0, 1.0]], [[0.0, 3.0]]]), torch.tensor([0]))
+        tensor([[ 0., -1.]])
+    """
+    z = _peers(z, "kdcl_minlogit")
+    true = z.gather(-1, y.expand(z.shape[:2]).unsqueeze(-1))
+    return (z - true).amin(0)
+
+
+@torch.no_grad()
+def error_covariance(z: Tensor, y: Tensor) -> Tensor:
+    """C_ij = mean_n Σ_c (p_i − y)_c (p_j − y)_c: second moment of the peers' errors, p = softmax(z).
+
+    Must come from held-out data: on training data the most over-fitted peer wins. Detached.
+
+    Args:
+        z: (M, N, C) held-out logits.
+        y: (N,) labels.
+
+    Returns:
+        (M, M) float64, symmetric, positive semi-definite.
+    """
+    z = _peers(z, "error_covariance").double()
+    error = (z.softmax(-1) - F.one_hot(y, z.shape[-1])).flatten(1)
+    return error @ error.T / z.shape[1]
+
+
+@torch.no_grad()
+def general_weights(errors_cov: Tensor, ridge: float = 1e-3) -> Tensor:
+    """w = C⁻¹1 / 1ᵀC⁻¹1: the combination of least squared error (KDCL-General; Perrone & Cooper 1993).
+
+    Args:
+        errors_cov: (M, M) from `error_covariance`.
+        ridge: C ← C + ridge · (tr C / M) · I, so that peers with the same errors stay solvable.
+
+    Returns:
+        (M,), sums to 1. Weights may be negative where errors are strongly correlated.
+
+    Raises:
+        UserError: not a square matrix, or not positive.
+
+    Example:
+        >>> general_weights(torch.diag(torch.tensor([1.0, 1.0, 2.0])), ridge=0)
+        tensor([0.4000, 0.4000, 0.2000])
+    """
+    m = len(errors_cov)
+    if errors_cov.shape != (m, m) or ridge < 0:
+        raise UserError(f"general_weights: needs (M, M), ridge >= 0; got {tuple(errors_cov.shape)}, {ridge}")
+    c = errors_cov + ridge * errors_cov.diagonal().mean() * torch.eye(m).to(errors_cov)
+    w, bad = torch.linalg.solve_ex(c, torch.ones(m).to(c))
+    if int(bad) or not bool(torch.isfinite(w).all()) or float(w.sum()) <= 0:
+        raise UserError("general_weights: the error covariance is singular; give ridge > 0 or drop a peer")
+    return w / w.sum()

@@ -1,0 +1,157 @@
+"""Losses and targets on logits. One value per sample; the caller takes the mean where it can be seen.
+
+Logits are (..., n, C): leading dimensions, such as peers, pass through. Every KL is forward, teacher ‖
+student, and carries its factor T². Half-precision logits are computed in float32; float64 stays.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stillhouse.errors import UserError
+
+
+def upcast(x: Tensor) -> Tensor:
+    """At least float32: float16 and bfloat16 become float32, float32 and float64 stay as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _same_shape(teacher: Tensor, student: Tensor, where: str) -> None:
+    if teacher.shape != student.shape:
+        raise UserError(
+            f"{where}: teacher {tuple(teacher.shape)} and student {tuple(student.shape)} differ in "
+            "shape; check the number of classes of both"
+        )
+
+
+def _peers(z: Tensor, where: str, least: int = 1) -> Tensor:
+    if z.dim() != 3 or z.shape[0] < least:
+        raise UserError(f"{where}: needs logits of >= {least} peers as (M, n, C), got {tuple(z.shape)}")
+    return upcast(z)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy per sample, −Σ_c y_c log softmax(z)_c.
+
+    Args:
+        logits: (..., n, C).
+        target: class indices (n,) or probabilities (n, C), shared by all leading dimensions; or with them.
+        label_smoothing: s in y ← (1−s)·y + s/C.
+
+    Returns:
+        (..., n).
+
+    Raises:
+        UserError: shapes that do not fit.
+
+    Example:
+        >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
+        tensor([0.6931])
+    """
+    z = upcast(logits)
+    soft = target.is_floating_point()
+    shape = z.shape if soft else z.shape[:-1]
+    if z.dim() < 2 or tuple(target.shape) not in (tuple(shape), tuple(shape[z.dim() - 2 :])):
+        raise UserError(
+            f"cross_entropy: logits {tuple(logits.shape)} need labels {tuple(z.shape[-2:-1])} or soft "
+            f"targets {tuple(z.shape[-2:])}, got {tuple(target.shape)}"
+        )
+    y = target.expand(shape)
+    y = y.reshape(-1, z.shape[-1]).to(z.dtype) if soft else y.reshape(-1)
+    flat = F.cross_entropy(z.reshape(-1, z.shape[-1]), y, reduction="none", label_smoothing=label_smoothing)
+    return flat.view(z.shape[:-1])
+
+
+def kl(teacher_logits: Tensor, student_logits: Tensor, T: float = 1.0, detach_teacher: bool = True) -> Tensor:
+    """T² · KL(softmax(t/T) ‖ softmax(s/T)) per sample (Hinton et al. 2015, arXiv 1503.02531).
+
+    Args:
+        teacher_logits, student_logits: (..., n, C). The teacher is the first argument.
+        T: temperature; T² keeps the size of the gradient, which is T·(softmax(s/T) − softmax(t/T)).
+        detach_teacher: no gradient to the teacher's logits.
+
+    Returns:
+        (..., n), the sum over classes.
+
+    Raises:
+        UserError: teacher and student of different shapes.
+
+    Example:
+        >>> kl(torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, 0.0]]), T=2)
+        tensor([0.3652])
+    """
+    _same_shape(teacher_logits, student_logits, "kl")
+    teacher = teacher_logits.detach() if detach_teacher else teacher_logits
+    log_p = F.log_softmax(upcast(teacher) / T, -1)
+    log_q = F.log_softmax(upcast(student_logits) / T, -1)
+    return T**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def soft_cross_entropy(
+    teacher_logits: Tensor, student_logits: Tensor, T: float = 1.0, detach_teacher: bool = True
+) -> Tensor:
+    """−T² Σ_c softmax(t/T)_c log softmax(s/T)_c per sample: `kl` plus the teacher's entropy.
+
+    Same gradient for the student as `kl`; it is not zero where the two agree. Arguments as for `kl`.
+
+    Example:
+        >>> soft_cross_entropy(torch.zeros(1, 2), torch.zeros(1, 2))
+        tensor([0.6931])
+    """
+    _same_shape(teacher_logits, student_logits, "soft_cross_entropy")
+    teacher = teacher_logits.detach() if detach_teacher else teacher_logits
+    p = F.softmax(upcast(teacher) / T, -1)
+    return -(T**2) * (p * F.log_softmax(upcast(student_logits) / T, -1)).sum(-1)
+
+
+def pairwise_kl(z: Tensor, T: float = 1.0, detach: bool = True, teacher: Tensor | None = None) -> Tensor:
+    """K[j, i] = T² · KL(softmax(t_j/T) ‖ softmax(z_i/T)) per sample: row teaches column (arXiv 1706.00384).
+
+    Args:
+        z: (M, n, C) logits of the peers as students.
+        T: temperature.
+        detach: no gradient to the teaching side.
+        teacher: (M, n, C) logits of the peers as teachers; None takes `z`. Separate ones are for peers that
+            teach from stored logits.
+
+    Returns:
+        (M, M, n). The diagonal is exactly zero, in value and gradient, also with a separate `teacher`.
+
+    Raises:
+        UserError: not (M, n, C), or a teacher of another shape.
+
+    Example:
+        >>> z = torch.tensor([[[2.0, 0.0, -1.0]], [[1.0, 0.5, 0.0]]])
+        >>> pairwise_kl(z, T=2).squeeze(-1)
+        tensor([[0.0000, 0.3652],
+                [0.3767, 0.0000]])
+    """
+    z = _peers(z, "pairwise_kl")
+    t = z if teacher is None else upcast(teacher)
+    _same_shape(t, z, "pairwise_kl")
+    log_q = F.log_softmax(z / T, -1)
+    log_p = F.log_softmax((t.detach() if detach else t) / T, -1)
+    # One row at a time: M·n·C numbers alive instead of M²·n·C.
+    rows = torch.stack([(row.exp() * (row - log_q)).sum(-1) for row in log_p])
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device).unsqueeze(-1)
+    return T**2 * rows.masked_fill(itself, 0.0)
+
+
+def mean_of_others(z: Tensor) -> Tensor:
+    """m_i = Σ_{j≠i} z_j / (M−1): for each peer the mean logits of the others (CL-ILR, NeurIPS 2018).
+
+    Args:
+        z: (M, n, C), M ≥ 2. Nothing is detached.
+
+    Returns:
+        (M, n, C).
+
+    Example:
+        >>> mean_of_others(torch.tensor([[[1.0]], [[2.0]], [[6.0]]])).flatten()
+        tensor([4.0000, 3.5000, 1.5000])
+    """
+    z = _peers(z, "mean_of_others", least=2)
+    mix = (1 - torch.eye(len(z), dtype=z.dtype, device=z.device)) / (len(z) - 1)
+    return torch.tensordot(mix, z, dims=1)

@@ -1,0 +1,198 @@
+"""The family table, the claims and the comparison of runs: for the terminal, and as every form shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from stillhouse import units
+from stillhouse.errors import UserError
+from stillhouse.files import strict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from stillhouse.report import Claim, Report, Student
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one number of a student is shown. ``better``: 1 higher, -1 lower, 0 neither."""
+
+    key: str
+    title: str
+    text: Callable[[Any], str]
+    better: int = 0
+    hint: str = ""
+
+
+def _fixed(value: Any) -> str:
+    x = units.number(value)
+    return units.MISSING if x is None else f"{x:.3f}"
+
+
+COLUMNS = (
+    Column("accuracy", "Accuracy", units.percent, 1, "share of test samples named right"),
+    Column("nll", "NLL", _fixed, -1, "negative log-likelihood, nats per sample"),
+    Column("ece", "ECE", partial(units.percent, places=1), -1, "expected calibration error"),
+    Column("params", "Params", units.scaled, -1, "parameters"),
+    Column("macs", "MACs", units.scaled, -1, "multiply–accumulates per sample"),
+    Column("bytes", "Size", partial(units.scaled, unit="B"), -1, "bytes on disk"),
+    Column("latency_ms", "Latency", units.milliseconds, -1, "median of one forward pass"),
+    Column("compression", "Smaller", units.times, 1, "parameters of the base over parameters"),
+    Column("speedup", "Faster", units.times, 1, "latency of the base over latency"),
+    Column(
+        "importance", "ω", lambda v: units.MISSING if units.number(v) is None else f"{v:.2f}", 0, "weight"
+    ),
+)
+_BESIDE = {"latency_p10", "latency_p90", "threads", "batch", "repeats"}
+
+
+def columns(students: Sequence[Student]) -> list[Column]:
+    """The known columns for which some student has a number, then one for every other number they have."""
+    known = {c.key for c in COLUMNS} | _BESIDE
+    keys = dict.fromkeys(k for s in students for k in s.metrics if k not in known and not k.endswith("_std"))
+    extra = [Column(k, label(k), partial(units.humanise, k)) for k in keys]
+    return [c for c in (*COLUMNS, *extra) if any(s.number(c.key) is not None for s in students)]
+
+
+def label(key: str) -> str:
+    """A key as a heading: ``train_seconds`` → ``train seconds``."""
+    return units.plain(str(key)).replace("_", " ")
+
+
+def beside(student: Student, key: str) -> str:
+    """What stands small beside a number: p10–p90 of a latency, ± deviation over seeds, or nothing."""
+    if key == "latency_ms":
+        low, high = student.number("latency_p10"), student.number("latency_p90")
+        return "" if low is None or high is None else f"{units.digits(low, 2)}–{units.digits(high, 2)}"
+    wide = student.number(f"{key}_std")
+    column = next((c for c in COLUMNS if c.key == key), None)
+    return "" if wide is None else f"± {column.text(wide) if column else units.humanise(key, wide)}"
+
+
+def measured_with(students: Sequence[Student]) -> str:
+    """How the latencies were taken, in words: threads and batch size."""
+    said = []
+    for key, one, many in (("threads", "thread", "threads"), ("batch", "batch size", "batch sizes")):
+        found = sorted({int(n) for s in students if (n := s.number(key)) is not None})
+        if found:
+            listed = ", ".join(map(str, found))
+            counts = f"{listed} {one if found == [1] else many}"
+            said.append(counts if key == "threads" else f"{one if len(found) == 1 else many} {listed}")
+    return ", ".join(said)
+
+
+def family(students: Sequence[Student]) -> RenderableType:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = columns(students)[:11]
+    table = RichTable(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, show_edge=False)
+    table.add_column("Student", min_width=8, max_width=28)
+    cells = [[column.text(student.number(column.key)) for column in shown] for student in students]
+    for column, texts in zip(shown, zip(*cells)):
+        # Numbers keep their width; when the table is too wide the names give way.
+        least = max(map(len, (column.title, *texts)))
+        table.add_column(Text(column.title), justify="right", no_wrap=True, min_width=least)
+    for student, row in zip(students, cells):
+        style = {"base": "dim", "ensemble": "italic"}.get(student.role, "")
+        name = Text(units.plain(student.name), style=style, no_wrap=True, overflow="ellipsis")
+        table.add_row(name, *(Text(t, style=style) for t in row))
+    ranges = [
+        f"{units.shorten(s.name, 20)} {beside(s, 'latency_ms')}" for s in students if beside(s, "latency_ms")
+    ]
+    if ranges:
+        how = measured_with(students)
+        table.caption = Text(
+            units.plain(f"latency p10–p90 in ms{f' ({how})' if how else ''}: {', '.join(ranges)}")
+        )
+        table.caption_justify = "left"
+    return table
+
+
+def claim_line(claim: Claim) -> RenderableType:
+    from rich.text import Text
+
+    mark, style = ("holds", "green") if claim.holds else ("does not hold", "red")
+    numbers = f"measured {units.humanise('', claim.value)}, threshold {units.humanise('', claim.threshold)}"
+    seeds = f", seeds {' '.join(map(str, claim.seeds))}" if claim.seeds else ""
+    return Text.assemble((f"{mark}: ", style), units.plain(claim.text), f" ({numbers}{seeds})")
+
+
+def compare(
+    reports: Sequence[Report], labels: Sequence[str] | None = None
+) -> tuple[RenderableType, dict[str, Any]]:
+    """Runs side by side: students matched by name, differences of their numbers to the first run, claims.
+
+    Args:
+        reports: two or more. labels: what to call each (folders); their titles by default.
+
+    Returns:
+        Something rich can print, and the same as strict JSON: ``runs``, ``students`` (per name and metric the
+        ``values`` of the runs and their ``difference`` to the first), ``claims``.
+
+    Raises:
+        UserError: fewer than two reports.
+    """
+    if len(reports) < 2:
+        raise UserError(f"compare needs at least two runs, got {len(reports)}; give two run folders")
+    names = [units.plain(n) for n in (labels or [r.title for r in reports])]
+    runs = [
+        {"label": n, "system": r.system, "seed": r.seed, "command": r.command} for n, r in zip(names, reports)
+    ]
+    students: dict[str, Any] = {}
+    for name in dict.fromkeys(s.name for r in reports for s in r.students):
+        each = [next((s for s in r.students if s.name == name), None) for r in reports]
+        students[name] = {}
+        for column in columns([s for s in each if s]):
+            values = [s.number(column.key) if s else None for s in each]
+            base = values[0]
+            change = [None if v is None or base is None else v - base for v in values]
+            students[name][column.key] = {"values": values, "difference": change}
+    claims = []
+    for text in dict.fromkeys(c.text for r in reports for c in r.claims):
+        found = [next((c for c in r.claims if c.text == text), None) for r in reports]
+        claims.append(
+            {"text": text, "holds": [c and c.holds for c in found], "values": [c and c.value for c in found]}
+        )
+    data = strict({"runs": runs, "students": students, "claims": claims})
+    return _side_by_side(names, data), data
+
+
+def _side_by_side(names: Sequence[str], data: Mapping[str, Any]) -> RenderableType:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    known = {c.key: c for c in COLUMNS}
+    table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Student", no_wrap=True, overflow="ellipsis", max_width=24)
+    table.add_column("Number")
+    for name in names:
+        table.add_column(Text(units.shorten(name, 24)), justify="right", no_wrap=True)
+    for student, metrics in data["students"].items():
+        for i, (key, entry) in enumerate(metrics.items()):
+            column = known.get(key, Column(key, label(key), partial(units.humanise, key)))
+            cells = [Text(_with_change(column, *pair)) for pair in zip(entry["values"], entry["difference"])]
+            table.add_row(Text(units.plain(student) if i == 0 else ""), Text(column.title), *cells)
+    lines = [
+        Text(
+            f"{units.plain(c['text'])}: " + ", ".join(f"{n} {_verdict(h)}" for n, h in zip(names, c["holds"]))
+        )
+        for c in data["claims"]
+    ]
+    return Group(table, *lines)
+
+
+def _with_change(column: Column, value: float | None, change: float | None) -> str:
+    sign = "+" if change and change > 0 else "−"
+    return column.text(value) + (f" ({sign}{column.text(abs(change))})" if change else "")
+
+
+def _verdict(holds: bool | None) -> str:
+    return "not measured" if holds is None else "holds" if holds else "does not hold"

@@ -1,0 +1,185 @@
+"""What "output channel" and "input channel" mean for each kind of layer: which tensors, which dimension."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
+
+from stillhouse.errors import UserError, did_you_mean
+
+Axis = Literal["out", "in", "heads"]
+Index = tuple[int, ...]
+Place = tuple[str, Axis]
+"""A dimension of one layer, e.g. ``("layer1.0.conv1", "out")``."""
+
+_FEATURES: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one axis of a layer is stored.
+
+    Attributes:
+        width: channels on this axis.
+        dims: tensor name inside the module -> dimension that runs over the channels ("": the tensor itself).
+        attrs: integer attributes of the module that hold the width.
+    """
+
+    width: int
+    dims: dict[str, int]
+    attrs: tuple[str, ...]
+
+
+def is_depthwise(module: object) -> bool:
+    """Whether a convolution sees one input channel per output channel (so out == in == groups)."""
+    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels == module.out_channels
+
+
+def mixes_channels(module: object) -> bool:
+    """Whether a normalisation layer takes statistics over channels, so that removing one moves the others."""
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or (
+        isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels
+    )
+
+
+def layout(module: nn.Module | nn.Parameter, axis: Axis) -> Layout | None:
+    """Where the channels of an axis live in a layer, or None when the layer cannot lose any of them.
+
+    Example:
+        >>> layout(nn.Linear(8, 4), "in")
+        Layout(width=8, dims={'weight': 1}, attrs=('in_features',))
+    """
+    if isinstance(
+        module, nn.Parameter
+    ):  # a bare scale or shift: its channels are the last dimension with any
+        wide = [d for d, n in enumerate(module.shape) if n > 1]
+        return Layout(module.shape[wide[-1]], {"": wide[-1]}, ()) if wide and axis == "out" else None
+    if is_parametrized(module):
+        return None
+    if isinstance(module, _ConvNd):
+        return _conv(module, axis)
+    if isinstance(module, nn.Linear):
+        if axis == "in":
+            return Layout(module.in_features, {"weight": 1}, ("in_features",))
+        return Layout(module.out_features, {"weight": 0, "bias": 0}, ("out_features",))
+    return _norm(module) if axis == "out" else None
+
+
+def _conv(module: _ConvNd, axis: Axis) -> Layout | None:
+    transposed = isinstance(module, _ConvTransposeNd)
+    if is_depthwise(module):
+        attrs = ("out_channels", "in_channels", "groups")
+        return Layout(module.out_channels, {"weight": 0, "bias": 0}, attrs) if axis == "out" else None
+    if module.groups != 1:
+        return None
+    if axis == "in":
+        return Layout(module.in_channels, {"weight": 0 if transposed else 1}, ("in_channels",))
+    return Layout(module.out_channels, {"weight": 1 if transposed else 0, "bias": 0}, ("out_channels",))
+
+
+def _norm(module: nn.Module) -> Layout | None:
+    if isinstance(module, _FEATURES):
+        dims = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), 0)
+        return Layout(cast(int, module.num_features), dims, ("num_features",))
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1:
+        return Layout(module.normalized_shape[0], {"weight": 0, "bias": 0}, ("normalized_shape",))
+    if isinstance(module, nn.GroupNorm) and module.num_groups in (1, module.num_channels):
+        attrs = ("num_channels",) if module.num_groups == 1 else ("num_channels", "num_groups")
+        return Layout(module.num_channels, {"weight": 0, "bias": 0}, attrs)
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return Layout(module.num_parameters, {"weight": 0}, ("num_parameters",))
+    if isinstance(module, nn.Embedding):
+        return Layout(module.embedding_dim, {"weight": 1}, ("embedding_dim",))
+    return None
+
+
+def set_width(module: nn.Module, axis: Axis, width: int) -> None:
+    """Writes a new channel count into the module's own attributes."""
+    found = layout(module, axis)
+    for attr in found.attrs if found else ():
+        setattr(module, attr, (width,) if attr == "normalized_shape" else width)
+
+
+def part(model: nn.Module, path: str) -> nn.Module | nn.Parameter:
+    """The module, or the bare parameter, at a dotted path.
+
+    Raises:
+        UserError: nothing of that name; the message says what is near.
+    """
+    found: Any = model
+    for name in path.split(".") if path else ():
+        found = getattr(found, name, None)
+    if isinstance(found, nn.Module | nn.Parameter):
+        return found
+    names = [n for n, _ in model.named_modules() if n]
+    raise UserError(f"{type(model).__name__} has no module {path!r}; {did_you_mean(path, names)}")
+
+
+def under(path: str, prefixes: Sequence[str]) -> str | None:
+    """The first of the prefixes that a module path lies under (whole dotted components), else None.
+
+    Example:
+        >>> under("layer1.0.conv1", ["layer10", "layer1"]), under("layer10.0", ["layer1"])
+        ('layer1', None)
+    """
+    return next((p for p in prefixes if p == "" or path == p or path.startswith(p + ".")), None)
+
+
+def attention(module: object) -> bool:
+    """Whether a module is timm's plain multi-head attention, whose heads can be cut."""
+    timm = sys.modules.get("timm.layers.attention")  # a model that holds one has imported it
+    if (
+        timm is None
+        or not isinstance(module, timm.Attention)
+        or type(module).forward is not timm.Attention.forward
+    ):
+        return False
+    return hasattr(module, "attn_dim") and isinstance(module.norm, nn.Identity)
+
+
+def expand(model: nn.Module, path: str, axis: Axis, index: Sequence[int]) -> list[tuple[str, Axis, Index]]:
+    """The same cut in terms of plain layers: heads become rows of qkv (and gate) and columns of proj."""
+    if axis != "heads":
+        return [(path, axis, tuple(index))]
+    attn = part(model, path)
+    if not attention(attn):
+        raise UserError(f"{path}: {type(attn).__name__} has no heads to cut; only timm.layers.Attention has")
+    heads, width = int(cast(nn.Module, attn).num_heads), int(cast(nn.Module, attn).head_dim)  # type: ignore[arg-type]
+    inner = tuple(h * width + j for h in index for j in range(width))
+    rows = tuple(third * heads * width + i for third in range(3) for i in inner)
+    dot = path + "." if path else ""
+    cuts: list[tuple[str, Axis, Index]] = [(dot + "qkv", "out", rows), (dot + "proj", "in", inner)]
+    if getattr(attn, "gate", None) is not None:
+        cuts.append((dot + "gate", "out", inner))
+    return cuts
+
+
+def width_of(model: nn.Module, path: str, axis: Axis) -> int:
+    """Channels (or heads) on an axis of a layer.
+
+    Raises:
+        UserError: the layer is of a kind that cannot be sliced along this axis.
+    """
+    module = part(model, path)
+    if axis == "heads":
+        expand(model, path, axis, ())  # refuses what has no heads
+        return int(module.num_heads)  # type: ignore[arg-type, union-attr]
+    found = layout(module, axis)
+    if found is None:
+        raise UserError(f"{path}: {type(module).__name__} cannot lose channels on axis {axis!r}")
+    return found.width
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name, tied ones under each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
