@@ -1,2 +1,55 @@
-"""tmp"""
+"""Stillhouse: distillation in one library and one command. One run, a whole family of smaller models.
+
+``import stillhouse`` stays cheap: every public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "stillhouse.engine": ("Run", "fit"),
+    "stillhouse.system": (
+        "Batch",
+        "Clock",
+        "Gradients",
+        "Signals",
+        "Source",
+        "System",
+        "Teacher",
+        "Terms",
+        "Update",
+    ),
+    "stillhouse.errors": ("Interrupted", "NotFinite", "UserError"),
+    "stillhouse.family": ("Family", "Member", "load"),
+    "stillhouse.models": ("ModelSpec",),
+    "stillhouse.students.plan": ("Keep", "Plan"),
+    "stillhouse.students.peers": ("Nested", "PeerSet", "Separate", "Tree", "recalibrate"),
+    "stillhouse.students.prune": ("find_groups", "fit_budget", "score_groups"),
+    "stillhouse.bilevel": ("Hypergradient", "one_step"),
+    "stillhouse.taps": ("tap",),
+    "stillhouse.teachers": ("EMA", "Cached", "Ensemble", "Frozen"),
+    "stillhouse.distill": ("Distill",),
+    "stillhouse.evaluate": ("agreement", "classification", "count_macs", "count_params", "latency", "predict"),
+    "stillhouse.report": ("Claim", "Curve", "Image", "Matrix", "Report", "Student", "Table", "compare"),
+    "stillhouse.export": ("export",),
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+_MODULES = ("bilevel", "data", "evaluate", "objectives", "recipes", "report", "students", "teachers", "weights")
+
+__all__ = sorted([*_WHERE, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"stillhouse.{name}")
+    raise AttributeError(f"module 'stillhouse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

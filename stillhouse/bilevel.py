@@ -122,7 +122,7 @@ def _inner_products(predict: Any, terms: Any, theta: Params, v: Params, mode: Mo
         rows = []
         for i, value in enumerate(values):
             g = _grads(value, list(leaves.values()), keep=i + 1 < len(values))
-            rows.append(sum((a * b).sum() for a, b in zip(g, v.values(), strict=True)))
+            rows.append(torch.stack([(a * b).sum() for a, b in zip(g, v.values(), strict=True)]).sum())
         return torch.stack(rows)
     if mode == "jvp":
 

@@ -122,7 +122,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
     for name in sorted(tensors):
         crc = zlib.crc32(name.encode(), crc)
         flat = tensors[name].contiguous().reshape(-1)
-        crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc) if flat.numel() else crc
+        crc = zlib.crc32(flat.view(torch.uint8).numpy().data, crc) if flat.numel() else crc
     return crc
 
 

@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -93,13 +94,14 @@ class Run:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
-    def child(self, name: str, *, seed: int | None = None) -> Run:
+    def child(self, name: str, *, seed: int | None = None, quiet: bool = False) -> Run:
         """A run in a subfolder with the same settings: one arm of a comparison, one seed of several."""
         other = object.__new__(Run)
         other.__dict__.update(self.__dict__)
         other.folder = inside(self.folder / "arms", name)
         other.folder.mkdir(parents=True, exist_ok=True)
         other.seed = self.seed if seed is None else seed
+        other.quiet = self.quiet or quiet
         return other
 
     def stage(self, name: str) -> Path:
@@ -133,6 +135,13 @@ class Run:
             part.view_as(t).to(t.dtype)
             for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
         ]
+
+    def close(self) -> None:
+        """Ends the trackers and, with several processes, the process group."""
+        if self.track:
+            self.accelerator.end_training()
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -348,7 +357,7 @@ class _Fit:
         pieces = -(-_count(batch) // limit)
         if pieces <= 1:
             return [batch], [_count(batch)]
-        parts = [map_tensors(batch, lambda t, i=i: torch.tensor_split(t, pieces)[i]) for i in range(pieces)]
+        parts = [map_tensors(batch, partial(_piece, pieces, i)) for i in range(pieces)]
         return parts, [_count(p) for p in parts]
 
     def to_device(self, batch: Batch) -> Batch:
@@ -462,6 +471,10 @@ class _Moved(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.batch)
+
+
+def _piece(pieces: int, i: int, t: Tensor) -> Tensor:
+    return torch.tensor_split(t, pieces)[i]
 
 
 def _count(batch: Batch) -> int:

@@ -38,7 +38,8 @@ class CNN(nn.Module):
         a, b, h = widths
 
         def block(i: int, o: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
+            conv = nn.Conv2d(i, o, 3, padding=1, bias=False)
+            return nn.Sequential(conv, nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
 
         self.block1, self.block2 = block(shape[0], a), block(a, b)
         self.pool = nn.AdaptiveAvgPool2d(4)
@@ -71,6 +72,10 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """The CIFAR ResNet of depth 6k+2 (He et al., 2016, section 4.2), for 3×32×32 and other small images."""
 
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+
     def __init__(self, shape: tuple[int, ...], classes: int, depth: int = 20, width: int = 16):
         super().__init__()
         if (depth - 2) % 6:
@@ -81,7 +86,7 @@ class ResNet(nn.Module):
         for s in range(3):
             o = width * 2**s
             blocks = [Block(i if b == 0 else o, o, 2 if s and b == 0 else 1) for b in range(k)]
-            setattr(self, f"layer{s + 1}", nn.Sequential(*blocks))
+            self.add_module(f"layer{s + 1}", nn.Sequential(*blocks))
             i = o
         self.linear = nn.Linear(i, classes)
         for m in self.modules():

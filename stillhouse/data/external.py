@@ -87,8 +87,7 @@ def open_folder(path: str, image_size: int | None, augment: str | None, skip_bad
         )
     made: dict[str, Images] = {}
     for part_name, (paths, y, names_) in found.items():
-        usual = "resized-crop-flip" if part_name == "train" else "none"
-        how = (augment or usual) if part_name == "train" else "none"
+        how = "none" if part_name == "test" else augment or "resized-crop-flip"
         made[part_name] = Images(paths, y, names_, image_size=size, augment=how, skip_bad=skip_bad)
     notes += skipped_notes(made, base)
     return Data(f"folder:{path}", made["train"], made["test"], made.get("held_out"), notes=tuple(notes))
@@ -133,7 +132,7 @@ def open_hub(spec: str, image_size: int | None, augment: str | None, skip_bad: b
         notes.append(f"test: {len(part_)} of the {len(first)} rows, set apart by class with seed {seed}")
     made: dict[str, Images] = {}
     for part, (table, y) in rows.items():
-        how = (augment or "resized-crop-flip") if part == "train" else "none"
+        how = "none" if part == "test" else augment or "resized-crop-flip"
         size = image_size or 224
         made[part] = Rows(table, image, y, classes, image_size=size, augment=how, skip_bad=skip_bad)
     held_out: Samples | None = made.get("held_out")

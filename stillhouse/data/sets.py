@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -133,8 +134,11 @@ def split(samples: Samples, fraction: float, seed: int = 0) -> tuple[Subset, Sub
 
 def numpy_of(x: Any, what: str = "x") -> np.ndarray:
     """A numeric array; every non-finite value is an error that names the sample."""
-    x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
-    if x.dtype.kind == "f":
+    try:
+        x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{what} cannot be read as one array: {error}") from error
+    if x.dtype.kind == "f" and x.ndim:
         for start in range(0, len(x), 4096):  # in pieces: the mask of all at once may not fit
             bad = ~np.isfinite(x[start : start + 4096]).all(axis=tuple(range(1, x.ndim)))
             if bad.any():
@@ -217,27 +221,23 @@ def from_arrays(
     given = (
         {"train": (x, y)} | ({"test": test} if test else {}) | ({"held_out": held_out} if held_out else {})
     )
-    arrays, labels, notes = {}, {}, []
+    arrays, notes = {}, []
     for part, (inputs, targets) in given.items():
         inputs, last = channels_first(numpy_of(inputs, "x" if part == "train" else f"{part} x"))
-        labels[part], classes = names_and_labels(targets, classes)
-        arrays[part] = Arrays(inputs, labels[part], classes=classes)
+        targets, classes = names_and_labels(targets, classes)
+        arrays[part] = Arrays(inputs, targets, classes=classes)
         if last and part == "train":
             notes.append("images read as (N, H, W, C)")
     if classes is None:
         classes = max((a.classes for a in arrays.values()), key=len)
     if test is None:
-        if len(arrays["train"]) < 2:
-            raise UserError(
-                f"{len(arrays['train'])} sample(s) cannot be split into train and test; give more"
-            )
         rest, part_ = divide(arrays["train"].labels, test_fraction, seed)
         whole = arrays["train"]
         arrays["train"], arrays["test"] = (Arrays(whole.x[i], whole.labels[i]) for i in (rest, part_))
         notes.append(f"test: {len(part_)} of the {len(whole)} samples, set apart by class with seed {seed}")
     mean, std = statistics(arrays["train"].x) if normalize and len(arrays["train"]) else (None, None)
-    how: dict[str, Any] = {"classes": classes, "mean": mean, "std": std, "augment": augment}
-    done = {part: Arrays(a.x, a.labels, **how) for part, a in arrays.items()}
+    finish = partial(Arrays, classes=classes, mean=mean, std=std)
+    done = {k: finish(a.x, a.labels, augment="none" if k == "test" else augment) for k, a in arrays.items()}
     return Data(name, done["train"], done["test"], done.get("held_out"), notes=tuple(notes))
 
 
@@ -291,7 +291,7 @@ def as_data(obj: Any, name: str, *, augment: str | None = None, seed: int = 0) -
         parts = dict(zip(keys, obj))
     else:
         parts = {"train": obj}
-    parts = {k: v for k, v in parts.items() if v is not None}
+    parts = {k: v for k, v in parts.items() if v is not None or k == "train"}
     if all(is_pair(p) for p in parts.values()):
         rest = {k: v for k, v in parts.items() if k != "train"}
         return from_arrays(*parts["train"], **rest, augment=augment or "none", name=name, seed=seed)

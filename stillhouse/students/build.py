@@ -13,16 +13,8 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.evaluate import logits_of
-from stillhouse.students.peers import (
-    Nested,
-    PeerSet,
-    Separate,
-    Tree,
-    default_trunk,
-    find_head,
-    find_units,
-    trunk_until,
-)
+from stillhouse.students.chain import default_trunk, find_head, find_units, trunk_until
+from stillhouse.students.peers import Nested, PeerSet, Separate, Tree
 from stillhouse.students.plan import Plan
 from stillhouse.students.prune import Budget, find_groups, fit_budget, score_groups
 
@@ -64,7 +56,7 @@ def choose_trunks(base: nn.Module, example: Tensor, cuts: Sequence[str], peers: 
     if not cuts:
         return [default_trunk(units)] * peers
     each = list(cuts) * peers if len(cuts) == 1 else list(cuts)
-    return [trunk_until(units, cut, base) for cut in each]
+    return [trunk_until(units, cut) for cut in each]
 
 
 def plan_peers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def pictures(n: int = 30, classes: int = 3, augment: str = "crop-flip") -> Array
     return Arrays(x, np.arange(n) % classes, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25], augment=augment)
 
 
-def clock(source: Source, step: int = 0, **fields: object) -> Clock:
+def clock(source: Source, step: int = 0, **fields: Any) -> Clock:
     return replace(Clock(steps_per_epoch=source.steps_per_epoch, steps=100), step=step, **fields)
 
 
@@ -166,11 +167,11 @@ class Noisy(Dataset):
 def test_wrapped_makes_a_users_random_transforms_functions_of_the_sample() -> None:
     s = Wrapped(Noisy())
     torch.manual_seed(3), random.seed(3), np.random.seed(3)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True)[1].copy()  # type: ignore[index]
     batch = s.take(np.array([4, 7]), view=1, seed=2)
     fresh = Wrapped(Noisy())
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
-    assert np.array_equal(np.random.get_state()[1], states[2])
+    assert np.array_equal(np.random.get_state()[1], states[2])  # type: ignore[index]
     assert torch.equal(fresh.take(np.array([7]), view=1, seed=2)["input"][0], batch["input"][1])
     for view, seed in ((2, 2), (1, 3), (None, 2)):
         other = s.take(np.array([4, 7]), view=view, seed=seed)["input"]
@@ -421,6 +422,9 @@ MISTAKES = [
     (lambda: from_arrays(X, Y * 0), r"1 class"),
     (lambda: from_arrays(X, Y, classes=("a", "b")), r"label 2, expected 0…1"),
     (lambda: from_arrays(X[:, 0], Y), r"at least two axes"),
+    (lambda: from_arrays(3.0, Y), r"at least two axes"),
+    (lambda: from_arrays([[1, 2], [3]], [0, 1]), r"x cannot be read as one array"),
+    (lambda: from_arrays(X[:1], Y[:1]), r"at least two are needed"),
     (lambda: from_arrays(X.astype(str), Y), r"numbers"),
     (lambda: from_arrays(X, Y, augment="flip"), r"needs images"),
     (lambda: from_arrays(X, Y, augment="flop"), r"did you mean 'flip'"),

@@ -37,7 +37,8 @@ from stillhouse.models import ModelSpec
 from stillhouse.objectives.logits import cross_entropy
 from stillhouse.recipes.wml.rules import KDCL, Rule, Seen, make_rule
 from stillhouse.students.build import build_peers, check_base, choose_trunks, plan_peers
-from stillhouse.students.peers import PeerSet, Tree, frozen_statistics, recalibrate
+from stillhouse.students.norms import frozen_statistics, recalibrate
+from stillhouse.students.peers import PeerSet, Tree
 from stillhouse.students.plan import Plan
 from stillhouse.system import Batch, Clock, Gradients, Source, System, Terms, Update, fold
 from stillhouse.teachers import EMA
@@ -189,7 +190,7 @@ class Mutual(System):
         batch = batch["train"]
         if self.cfg.two_pass:
             return self.mutual_two_pass(batch, clock)
-        x, features, trunk = batch["input"], [], None
+        x, features, trunk = batch["input"], list[Tensor](), None
         if "trunk" in self.rule.wants and isinstance(self.peers, Tree):
             z, features, trunk = self.peers.boundary(x)
         elif "features" in self.rule.wants:
@@ -219,7 +220,8 @@ class Mutual(System):
                 zi = self.peers(batch["input"], only=[i])
                 for k, g in enumerate(torch.autograd.grad(zi, params, dz[i : i + 1].to(zi.dtype), allow_unused=True)):
                     if g is not None:
-                        total[k] = g if total[k] is None else total[k] + g
+                        before = total[k]
+                        total[k] = g if before is None else before + g
         grads = total + [None] * len(list(self.rule.parameters()))
         return Gradients(grads, label=label, teach=teach, **self.notes(z, seen))
 
@@ -318,6 +320,7 @@ def distill(
     cfg: Config | None = None,
     *,
     labels: Callable[[Tensor, Tensor], Tensor] | None = None,
+    network: nn.Module | None = None,
 ) -> Family:
     """Train a family of pruned peers of `base` together on `data`.
 
@@ -328,6 +331,7 @@ def distill(
             alone). Never changed.
         cfg: settings.
         labels: labels of their own for the peers, ``(ids, y) -> (m, n)``.
+        network: the base with weights of its own (pretrained ones, say) where `base` is only a `ModelSpec`.
 
     Returns:
         The family: dense pruned students with recalibrated normalisation, their importance, the ensemble.
@@ -339,8 +343,9 @@ def distill(
     began = time.monotonic()
     train, held, carved = part_data(data, cfg, run.seed)
     spec = base if isinstance(base, ModelSpec) else None
-    network = (spec.build(seed=run.seed) if spec else base).cpu()  # type: ignore[union-attr]
-    peers, notes = make_peers(run, network, train, cfg)
+    if network is None:
+        network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
+    peers, notes, miss = make_peers(run, network, train, cfg)
     widths, channels = feature_sizes(peers, train)
     rule = make_rule(cfg.rule, cfg.share, len(peers), widths, channels, cfg.detach)
     learner = Mutual(peers, cfg, rule, held_out=held, labels=labels)
@@ -363,7 +368,8 @@ def distill(
         learner.done += steps
     family = harvest(run, learner, data, network, spec, [s for s, _, _ in stages])
     family.notes += notes
-    family.cost.update(samples=len(train), steps=sum(lengths), seconds=time.monotonic() - began)
+    seconds = time.monotonic() - began
+    family.cost.update(worst_budget_error=miss, samples=len(train), steps=sum(lengths), seconds=seconds)
     return family
 
 
@@ -380,7 +386,7 @@ def part_data(data: Data, cfg: Config, seed: int) -> tuple[Samples, Samples | No
     return train, held, True
 
 
-def make_peers(run: Run, base: nn.Module, train: Samples, cfg: Config) -> tuple[PeerSet, list[str]]:
+def make_peers(run: Run, base: nn.Module, train: Samples, cfg: Config) -> tuple[PeerSet, list[str], float]:
     """Prune `base` to every ratio and put the peers together; the plans are made once and kept in the run folder."""
     ids = np.random.default_rng(fold(run.seed, "score")).permutation(len(train))[:512]
     seen = train.take(np.sort(ids))
@@ -397,7 +403,8 @@ def make_peers(run: Run, base: nn.Module, train: Samples, cfg: Config) -> tuple[
             scope=cfg.scope, layer_bound=cfg.layer_bound, round_to=cfg.round_to,
         )  # fmt: skip
         said = [f"{b.measure} budget {b.target:.4g}: reached {b.reached} ({100 * b.error:+.2f} %)" for b in budgets]
-        return {"plans": [json.loads(p.to_json()) for p in plans], "budgets": said, "whole": left}
+        miss = max(abs(b.error) for b in budgets)
+        return {"plans": [json.loads(p.to_json()) for p in plans], "budgets": said, "whole": left, "miss": miss}
 
     made = run.memo("plans", make)
     plans = [Plan.from_json(p) for p in made["plans"]]
@@ -406,7 +413,7 @@ def make_peers(run: Run, base: nn.Module, train: Samples, cfg: Config) -> tuple[
         base, plans, example, share=cfg.share, trunks=trunks, fresh=cfg.init == "fresh", seeds=seeds
     )
     shared = [f"shared trunk: {', '.join(trunks[0])}"] if trunks else []
-    return peers, [*shared, *made["budgets"], *(f"left whole: {w}" for w in made["whole"])]
+    return peers, [*shared, *made["budgets"], *(f"left whole: {w}" for w in made["whole"])], made["miss"]
 
 
 def feature_sizes(peers: PeerSet, train: Samples) -> tuple[list[int], int]:

@@ -89,7 +89,9 @@ class WML(Rule):
         super().__init__()
         self.detach = detach
 
-    def per_peer(self, z: Tensor, y: Tensor, alpha: float, T: float, teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def per_peer(
+        self, z: Tensor, y: Tensor, alpha: float, T: float, teacher: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The two parts of L_a, each (m,): (1−α) CE_j and α Σ_{i≠j} K[j→i], with j as the teacher."""
         teach = pairwise_kl(z, T, detach=self.detach, teacher=teacher if self.detach else None).mean(-1)
         return (1 - alpha) * cross_entropy(z, y).mean(-1), alpha * teach.sum(1)

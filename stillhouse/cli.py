@@ -1,0 +1,332 @@
+"""The command: list, show, run, resume, report, compare, export.
+
+Exit codes: 0 success, 2 a mistake in what was asked (one line says which), 130 interrupted (and resumable).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from stillhouse import __version__, recipes
+from stillhouse.errors import Interrupted, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from stillhouse.options import Options
+
+RUN_FORMAT = 1
+FAMILIES = {
+    "model": "Smaller models",
+    "data": "Smaller data sets",
+    "sampler": "Samplers with fewer steps",
+    "policy": "Lighter policies",
+    "query": "Better queries",
+    "graph": "Smaller graphs",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        known = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if known:
+            choices = re.findall(r"[\w-]+", known[2])
+            message = f"no command {known[1]!r}; {did_you_mean(known[1], choices)}"
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the ``stillhouse`` command; always ends the process with its exit code."""
+    sys.exit(invoke(list(sys.argv[1:] if argv is None else argv)))
+
+
+def invoke(argv: list[str]) -> int:
+    """Runs one command line and gives its exit code."""
+    warnings.filterwarnings("ignore", message=".*torch.jit.*")  # of libraries we import; not the user's to mend
+    try:
+        args = build_parser().parse_args(argv[:2] if argv[:1] == ["run"] else argv)
+        if argv[:1] == ["run"]:
+            args.flags = argv[2:]
+        args.do(args)
+        return 0
+    except UserError as error:
+        return said(2, f"stillhouse: error: {error}")
+    except Interrupted as error:
+        return said(130, f"stillhouse: {error}")
+    except KeyboardInterrupt:
+        return said(130, "stillhouse: interrupted; go on with: stillhouse resume DIR")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        return said(2, f"stillhouse: error: {error.strerror}: {error.filename or ''}".rstrip(": "))
+
+
+def said(code: int, line: str) -> int:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(" ".join(line.split()), file=sys.stderr)
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="stillhouse",
+        description="Distillation in one command: one run, a whole family of smaller models.",
+        epilog="Start here: stillhouse run wml --out runs/first    then open runs/first/report.html",
+    )
+    parser.add_argument("--version", action="version", version=f"stillhouse {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, do: Callable[[Any], None], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        sub.set_defaults(do=do)
+        return sub
+
+    sub = command("list", do_list, "list the systems, grouped by what they make smaller")
+    sub.add_argument("--json", action="store_true", help="name, title, family, gives, source_quality of each, as JSON")
+    sub = command("show", do_show, "show a system: what it gives, when to use it and when not, cost, options")
+    sub.add_argument("system", help="a name from: stillhouse list")
+    sub = command("run", do_run, "run a system (its flags: stillhouse run SYSTEM --help)")
+    sub.add_argument("system", help="a name from: stillhouse list")
+    sub = command("resume", do_resume, "go on with an interrupted run, bit for bit as if it had not stopped")
+    sub.add_argument("folder", type=Path, help="the run's --out folder")
+    sub = command("report", do_report, "print a run's report and draw its page again from report.json")
+    sub.add_argument("folder", type=Path, help="the run's --out folder")
+    sub = command("compare", do_compare, "compare the reports of several runs side by side")
+    sub.add_argument("folders", type=Path, nargs="+", help="two or more runs' --out folders")
+    sub.add_argument("--json", action="store_true", help="the comparison as JSON")
+    sub = command("export", do_export, "export students to a deployable file and check it against PyTorch")
+    sub.add_argument("folder", type=Path, help="a run's --out folder, or one student's folder in it")
+    sub.add_argument("--to", required=True, choices=["onnx", "torch-export", "safetensors"], help="file format")
+    sub.add_argument("--student", help="only this student (default: all)")
+    sub.add_argument("--out", type=Path, help="folder for the files (default: RUN/exports)")
+    return parser
+
+
+# -- listing ------------------------------------------------------------------------------------------------
+
+
+def do_list(args: argparse.Namespace) -> None:
+    cards = [recipes.card(name) for name in recipes.names()]
+    if args.json:
+        keys = ("name", "title", "family", "gives", "source_quality")
+        print(json.dumps([{k: getattr(c, k) for k in keys} for c in cards], indent=2))
+        return
+    for family, heading in FAMILIES.items():
+        mine = [c for c in cards if c.family == family]
+        if mine:
+            print(f"{heading}\n")
+            for c in mine:
+                print(f"  {c.name:<24} {c.title}\n  {'':<24} gives {c.gives}\n")
+    print("More about one: stillhouse show NAME")
+
+
+def do_show(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    card = recipes.card(args.system)
+    Console().print(Markdown(card.page.read_text()))
+
+
+# -- running ------------------------------------------------------------------------------------------------
+
+
+def do_run(args: argparse.Namespace) -> None:
+    options, config = parse_flags(args.system, args.flags)
+    claim_folder(options, config, args.system, args.flags)
+    execute(args.system, args.flags, options, config)
+
+
+def do_resume(args: argparse.Namespace) -> None:
+    from stillhouse.files import read_json
+
+    path = args.folder / "run.json"
+    if not path.exists():
+        raise UserError(f"{args.folder} holds no run to resume (no run.json); start one with: stillhouse run SYSTEM")
+    saved = read_json(path)
+    if saved.get("format", 0) > RUN_FORMAT:
+        raise UserError(f"{path} was written by a newer Stillhouse (format {saved['format']}); pip install -U stillhouse")
+    options, config = parse_flags(saved["system"], saved["flags"])
+    options = dataclasses.replace(options, out=args.folder)
+    now = settings(options, config)
+    if now != saved["settings"]:
+        from stillhouse.checkpoint import difference
+
+        raise UserError(
+            f"{path}: its settings no longer mean what they did ({difference(saved['settings'], now)}); "
+            "resume with the Stillhouse that began it, or start a new run"
+        )
+    execute(saved["system"], saved["flags"], options, config)
+
+
+def execute(system: str, flags: Sequence[str], options: Options, config: Any) -> None:
+    from rich.console import Console
+
+    command = shlex.join(["stillhouse", "run", system, *flags])
+    try:
+        run = options.run()
+        report = recipes.experiment(system).main(run, options, config, command)
+    except (Interrupted, KeyboardInterrupt) as error:
+        raise Interrupted(f"{error or 'interrupted'}; go on with: stillhouse resume {options.out}") from None
+    if run.main:
+        page = report.write(options.out)
+        Console().print(report.summary())
+        print(f"report: {page.resolve()}")
+    run.close()
+
+
+def parse_flags(system: str, flags: Sequence[str]) -> tuple[Options, Any]:
+    """Options and the system's Config from the command line; wrong flags raise a one-line UserError."""
+    import tyro
+
+    from stillhouse.options import Options
+
+    package = recipes.find(system)
+    experiment = recipes.experiment(system)
+    own = any(f.split("=")[0] in ("--model", "--data") for f in flags)
+    preset = package.Config() if own else experiment.PRESET
+    both = dataclasses.make_dataclass(
+        "Flags",
+        [("options", Options), ("config", package.Config, dataclasses.field(default=preset))],
+        frozen=True,
+    )
+    both.__doc__ = f"{package.TITLE}. Without --model and --data: the built-in experiment."
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            made: Any = tyro.cli(
+                both,
+                prog=f"stillhouse run {system}",
+                args=list(flags),
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(one_line(shown.getvalue())) from None
+    return made.options, made.config
+
+
+def one_line(box: str) -> str:
+    """The text of an error that was drawn as a box over several lines."""
+    text = re.sub(r"[\u2500-\u257f]+", " ", box)
+    text = text.split("For full helptext")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"\s+", " ", "; ".join(lines[1:] or lines)).rstrip("; ") + "; see --help"
+
+
+def settings(options: Options, config: Any) -> dict[str, Any]:
+    """What a run's result depends on, as JSON."""
+    values = {**dataclasses.asdict(options), **dataclasses.asdict(config)}
+    for name in ("out", "quiet", "track"):
+        values.pop(name)
+    return json.loads(json.dumps(values, default=str))
+
+
+def claim_folder(options: Options, config: Any, system: str, flags: Sequence[str]) -> None:
+    """Makes the out folder and notes the command in it; refuses a folder that holds something else."""
+    from stillhouse.files import read_json, write_json
+
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    if out.exists() and any(out.iterdir()):
+        if not (out / "run.json").exists():
+            raise UserError(f"--out {out} is not empty; give a new folder")
+        saved = read_json(out / "run.json")
+        now = settings(options, config)
+        if saved["system"] == system and saved["settings"] == now:
+            raise UserError(f"--out {out} holds this very run; go on with it: stillhouse resume {out}")
+        from stillhouse.checkpoint import difference
+
+        what = difference({"system": saved["system"], **saved["settings"]}, {"system": system, **now})
+        raise UserError(f"--out {out} holds a run with other settings ({what}); give a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
+    write_json(
+        out / "run.json",
+        {
+            "format": RUN_FORMAT,
+            "stillhouse": __version__,
+            "system": system,
+            "flags": list(flags),
+            "settings": settings(options, config),
+        },
+    )
+
+
+# -- afterwards ---------------------------------------------------------------------------------------------
+
+
+def do_report(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from stillhouse.report import Report
+
+    report = Report.read(args.folder)
+    page = report.write(args.folder)
+    Console().print(report.summary())
+    print(f"report: {page.resolve()}")
+
+
+def do_compare(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from stillhouse.report import Report, compare
+
+    if len(args.folders) < 2:
+        raise UserError("compare needs two or more run folders")
+    shown, facts = compare([Report.read(f) for f in args.folders])
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        Console().print(shown)
+
+
+def do_export(args: argparse.Namespace) -> None:
+    import torch
+
+    from stillhouse.export import export
+    from stillhouse.family import load
+    from stillhouse.files import inside, read_json
+
+    folder: Path = args.folder
+    if (folder / "plan.json").exists():
+        students, home = [folder], folder.resolve().parent.parent
+    else:
+        students = sorted(p.parent for p in folder.glob("students/*/plan.json"))
+        home = folder
+    if args.student:
+        known = [p.name for p in students]
+        students = [p for p in students if p.name == args.student]
+        if not students:
+            raise UserError(f"{folder} has no student {args.student!r}; {did_you_mean(args.student, known)}")
+    if not students:
+        raise UserError(f"{folder} holds no students (no students/NAME/plan.json); give a run's --out folder")
+    suffix = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}[args.to]
+    for student in students:
+        shape = read_json(student / "plan.json")["shape"]
+        target = inside(args.out or home / "exports", student.name + suffix)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        parity = export(load(student), torch.zeros(2, *shape), args.to, target)
+        print(
+            f"{student.name}: {parity.path}  {parity.bytes / 1e6:.2f} MB  "
+            f"max difference to PyTorch {parity.max_abs_diff:.2e} over {parity.samples} samples"
+        )

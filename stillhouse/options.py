@@ -1,0 +1,84 @@
+"""Flags that every system's run has, beside the fields of its own Config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from stillhouse.data import Data
+    from stillhouse.engine import Run
+    from stillhouse.models import ModelSpec
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run on what, where and how."""
+
+    out: Path  # folder for the results; must not hold anything yet
+    model: str | None = None  # stillhouse:NAME, torchvision:NAME, timm:NAME or package.module:function
+    data: str | None = None  # digits, mnist, fashion-mnist, cifar10, folder:PATH, hf:NAME or package.module:function
+    pretrained: bool = False  # start from the library's pretrained weights
+    stem: Literal["keep", "small"] = "keep"  # small: a ResNet's stem for images of about 32 pixels
+    image_size: int | None = None  # side of the square images, for folder: and hf: (default: at most 224)
+    limit: int | None = None  # use only this many training samples, balanced over the classes
+    label_noise: float = 0.0  # part of the training labels to replace by wrong ones
+    augment: str | None = None  # none, flip, crop-flip, resized-crop-flip (default: what the data set is used to)
+    skip_bad: bool = False  # count and skip images that cannot be read, instead of stopping
+    seed: int = 0  # everything random is a function of it
+    seeds: int = 3  # seeds for the claims of the built-in experiment
+    device: str = "auto"  # auto, cpu, cuda, mps
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type
+    compile: bool = False  # torch.compile the networks
+    channels_last: bool = False  # keep images in channels-last memory order
+    micro_batch: int | None = None  # most samples in one forward pass; steps stay one global batch
+    workers: int = 0  # threads that read data ahead
+    log_every: int = 10  # steps between rows of the log
+    checkpoint_every: int | None = None  # steps between checkpoints (default: once a minute)
+    track: tuple[str, ...] = ()  # trackers: tensorboard, wandb, …
+    quiet: bool = False  # print only the result
+
+    def run(self) -> Run:
+        """The run these options describe."""
+        from stillhouse.engine import Run
+
+        return Run(
+            self.out,
+            seed=self.seed,
+            device=self.device,
+            precision=self.precision,
+            compile=self.compile,
+            channels_last=self.channels_last,
+            micro_batch=self.micro_batch,
+            workers=self.workers,
+            log_every=self.log_every,
+            checkpoint_every=self.checkpoint_every,
+            track=self.track,
+            quiet=self.quiet,
+        )
+
+    def load_data(self, default: str) -> Data:
+        """The data named by ``--data``, or `default`."""
+        from stillhouse.data import load
+
+        return load(
+            self.data or default,
+            image_size=self.image_size,
+            limit=self.limit,
+            skip_bad=self.skip_bad,
+            label_noise=self.label_noise,
+            augment=self.augment,
+            seed=self.seed,
+        )
+
+    def spec(self, data: Data, default: str) -> ModelSpec:
+        """The network named by ``--model``, or `default`, for these data."""
+        from stillhouse.models import ModelSpec
+
+        return ModelSpec(self.model or default, len(data.classes), tuple(data.shape), self.stem)
+
+    def children(self) -> Sequence[int]:
+        """The seeds of a claim: this run's and the ones after it."""
+        return list(range(self.seed, self.seed + self.seeds))
