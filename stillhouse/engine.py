@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.checkpoint import Checkpoints, load_optimizer, optimizer_state
+from stillhouse.data.sources import Lazy
 from stillhouse.errors import Interrupted, NotFinite, UserError
 from stillhouse.files import inside, read_json, write_json
 from stillhouse.progress import Progress
@@ -350,20 +351,25 @@ class _Fit:
             value = value.detach() * share if value.is_floating_point() else value.detach()
             self.pending[key] = self.pending[key] + value if key in self.pending and share < 1 else value
 
-    def split(self, batch: Batch, update: Update) -> tuple[list[Batch], list[int]]:
+    def split(self, batch: Batch, update: Update) -> tuple[Sequence[Batch], list[int]]:
         limit = self.run.micro_batch
         if limit is None or update.whole:
             return [batch], [_count(batch)]
         pieces = -(-_count(batch) // limit)
         if pieces <= 1:
             return [batch], [_count(batch)]
-        parts = [map_tensors(batch, partial(_piece, pieces, i)) for i in range(pieces)]
+        parts = [_lazily(batch, partial(_piece, pieces, i)) for i in range(pieces)]
         return parts, [_count(p) for p in parts]
 
     def to_device(self, batch: Batch) -> Batch:
         if self.run.device.type == "cpu" and not self.run.channels_last:
             return batch
-        return _Moved(batch, self.run.device, self.run.channels_last)
+        return _lazily(batch, self.move)
+
+    def move(self, t: Tensor) -> Tensor:
+        t = t.to(self.run.device, non_blocking=True)
+        image = self.run.channels_last and t.dim() == 4
+        return t.contiguous(memory_format=torch.channels_last) if image else t
 
     def reduce(self, update: Update, count: int, stop: bool) -> bool:
         if self.run.world == 1:
@@ -450,27 +456,9 @@ class _Fit:
         return self._now
 
 
-class _Moved(Mapping[str, Any]):
-    """A batch whose parts go to the device when they are asked for (a lazy part may never be)."""
-
-    def __init__(self, batch: Batch, device: torch.device, channels_last: bool):
-        self.batch, self.device, self.channels_last = batch, device, channels_last
-        self.moved: dict[str, Any] = {}
-
-    def move(self, t: Tensor) -> Tensor:
-        t = t.to(self.device, non_blocking=True)
-        return t.contiguous(memory_format=torch.channels_last) if self.channels_last and t.dim() == 4 else t
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.moved:
-            self.moved[key] = map_tensors(self.batch[key], self.move)
-        return self.moved[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.batch)
-
-    def __len__(self) -> int:
-        return len(self.batch)
+def _lazily(batch: Batch, fn: Callable[[Tensor], Tensor]) -> Lazy:
+    """`fn` of every tensor, part by part as they are asked for: a part of a joint batch may never be."""
+    return Lazy({key: lambda key=key: map_tensors(batch[key], fn) for key in batch})  # type: ignore[misc]
 
 
 def _piece(pieces: int, i: int, t: Tensor) -> Tensor:

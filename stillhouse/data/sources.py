@@ -40,7 +40,7 @@ class Batches(Source):
         drop_last: leave out an incomplete last batch.
         views: K > 0 repeats the augmentations with period K epochs, so that cached teacher signals serve
             again (``view = epoch % K``); 0 never repeats (``view = epoch``).
-        copies: k > 1 gives "input" as (k, n, …), each copy another augmentation (number view·k + copy).
+        copies: k > 1 gives "input" as (n, k, …), each copy another augmentation (number view·k + copy).
         seed_with: folded into the seed, so that two sources over one set draw apart.
 
     The batch is ``{"input", "label", "id", "view"}``; "view", (n,) int64, is absent without augmentation, so
@@ -120,7 +120,7 @@ class Batches(Source):
         out = self._take(share, view, 0, self._seed(clock))
         if self.copies > 1:
             others = [self._take(share, view, c, self._seed(clock))["input"] for c in range(1, self.copies)]
-            out["input"] = torch.stack([out["input"], *others])
+            out["input"] = torch.stack([out["input"], *others], dim=1)
         if view is not None:
             out["view"] = torch.full((len(share),), view, dtype=torch.int64)
         return out

@@ -38,11 +38,7 @@ def macs_by_module(model: nn.Module, example: Any) -> dict[str, int]:
             module.training = mode
     samples = next((len(t) for t in walk(example) if t.dim()), 1)
     root = type(model).__name__
-    counts = {
-        n.removeprefix(root + "."): c
-        for n, c in counter.get_flop_counts().items()
-        if n.startswith(root + ".")
-    }
+    counts = {n.removeprefix(root + "."): c for n, c in counter.get_flop_counts().items() if n.startswith(root + ".")}
     counts[""] = counter.get_flop_counts()["Global"]
     return {n: sum(c.values()) // (2 * samples) for n, c in counts.items()}
 
@@ -85,9 +81,7 @@ class Costs:
                 full = int(np.prod([self.widths[p] for p in places], dtype=np.int64))
                 self.terms.append((cost // full, places))
 
-    def _add_member(
-        self, g: int, path: str, axis: Any, index: Sequence[Sequence[int]], order: np.ndarray
-    ) -> None:
+    def _add_member(self, g: int, path: str, axis: Any, index: Sequence[Sequence[int]], order: np.ndarray) -> None:
         lengths = np.array([len(unit) for unit in index])[order]
         places: list[tuple[Place, int]] = [((path, axis), 1)]
         if axis == "heads":
@@ -119,10 +113,7 @@ class Costs:
                 axes: list[Place] = [(name, "out")] if is_depthwise(module) else [(name, "out"), (name, "in")]
                 places = [place for place in axes if place in self.widths]
             elif attention(module) and (name, "heads") in self.widths:
-                cost -= sum(
-                    counts.get(f"{name}.{child}" if name else child, 0)
-                    for child, _ in module.named_children()
-                )
+                cost -= sum(counts.get(f"{name}.{child}" if name else child, 0) for child, _ in module.named_children())
                 places = [(name, "heads")]
             if places:
                 terms.append((cost, tuple(places)))
@@ -131,9 +122,7 @@ class Costs:
 
     def __call__(self, pruned: Sequence[int] | np.ndarray) -> int:
         """The cost when the first ``pruned[g]`` units of each group's order are gone."""
-        kept = {
-            p: self.widths[p] - sum(int(lost[pruned[g]]) for g, lost in gone) for p, gone in self.gone.items()
-        }
+        kept = {p: self.widths[p] - sum(int(lost[pruned[g]]) for g, lost in gone) for p, gone in self.gone.items()}
         total = self.fixed
         for unit, places in self.terms:
             for place in places:

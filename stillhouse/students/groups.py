@@ -49,9 +49,7 @@ def assemble(model: nn.Module, groups: Sequence[Group], keep: Sequence[Tensor]) 
     for group, kept in zip(groups, keep, strict=True):
         lost = [u for u, stays in enumerate(kept.tolist()) if not stays]
         for member in group.members if lost else ():
-            gone.setdefault((member.module, member.axis), set()).update(
-                i for u in lost for i in member.index[u]
-            )
+            gone.setdefault((member.module, member.axis), set()).update(i for u in lost for i in member.index[u])
     edits = []
     for (path, axis), lost_channels in gone.items():
         stay = tuple(i for i in range(width_of(model, path, axis)) if i not in lost_channels)

@@ -57,9 +57,7 @@ def layout(module: nn.Module | nn.Parameter, axis: Axis) -> Layout | None:
         >>> layout(nn.Linear(8, 4), "in")
         Layout(width=8, dims={'weight': 1}, attrs=('in_features',))
     """
-    if isinstance(
-        module, nn.Parameter
-    ):  # a bare scale or shift: its channels are the last dimension with any
+    if isinstance(module, nn.Parameter):  # a bare scale or shift: its channels are the last dimension with any
         wide = [d for d, n in enumerate(module.shape) if n > 1]
         return Layout(module.shape[wide[-1]], {"": wide[-1]}, ()) if wide and axis == "out" else None
     if is_parametrized(module):
@@ -136,11 +134,7 @@ def under(path: str, prefixes: Sequence[str]) -> str | None:
 def attention(module: object) -> bool:
     """Whether a module is timm's plain multi-head attention, whose heads can be cut."""
     timm = sys.modules.get("timm.layers.attention")  # a model that holds one has imported it
-    if (
-        timm is None
-        or not isinstance(module, timm.Attention)
-        or type(module).forward is not timm.Attention.forward
-    ):
+    if timm is None or not isinstance(module, timm.Attention) or type(module).forward is not timm.Attention.forward:
         return False
     return hasattr(module, "attn_dim") and isinstance(module.norm, nn.Identity)
 
@@ -180,6 +174,4 @@ def width_of(model: nn.Module, path: str, axis: Axis) -> int:
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by name, tied ones under each of their names."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))

@@ -79,9 +79,7 @@ class Keep:
         if self.axis not in get_args(Axis):
             raise UserError(f"Keep({self.module!r}): axis must be 'out', 'in' or 'heads', got {self.axis!r}")
         if not self.index or list(self.index) != sorted(set(self.index)) or self.index[0] < 0:
-            raise UserError(
-                f"Keep({self.module!r}, {self.axis!r}): index must be ascending, distinct and not empty"
-            )
+            raise UserError(f"Keep({self.module!r}, {self.axis!r}): index must be ascending, distinct and not empty")
 
 
 @dataclass(frozen=True)
@@ -122,16 +120,12 @@ class Plan:
             return
         theirs, ours = (s.partition("-")[2] for s in (found, self.signature))
         names = [f"{n!r} {tuple(p.shape)}" for n, p in base.named_parameters()]
-        at = next(
-            (i for i in range(len(names)) if theirs[4 * i : 4 * i + 4] != ours[4 * i : 4 * i + 4]), None
-        )
+        at = next((i for i in range(len(names)) if theirs[4 * i : 4 * i + 4] != ours[4 * i : 4 * i + 4]), None)
         where = f"parameter {names[at]} is the first that differs" if at is not None else ""
         if not where:
             where = f"it ends after {names[-1] if names else 'no parameter'}, the plan's base has more"
         hint = f"build the base from {dict(self.base)}" if self.base else "build the plan's own base first"
-        raise UserError(
-            f"this plan was made for another network than this {type(base).__name__}: {where}; {hint}"
-        )
+        raise UserError(f"this plan was made for another network than this {type(base).__name__}: {where}; {hint}")
 
     def slices(self, base: nn.Module) -> dict[str, Slices]:
         """For every parameter and buffer of the base, what `take` keeps of it (all of it: an empty tuple).

@@ -66,9 +66,7 @@ def proved(trial: nn.Module, example: Any, groups: Sequence[Group], said: dict[s
                 small = list(walk(call(plan.build(trial), shown)))
                 full = list(walk(call(plan.masked(trial), shown))) if check else whole
         except Exception as error:  # whatever a user's forward raises when a shape no longer fits
-            return (
-                f"the network does not run without some of its channels ({str(error).splitlines()[0][:90]})"
-            )
+            return f"the network does not run without some of its channels ({str(error).splitlines()[0][:90]})"
         if [t.shape for t in small] != [t.shape for t in whole]:
             return "the shape of the model's output depends on it"
         far = any((a - b).abs().max() > _TOLERANCE * b.abs().max() for a, b in zip(small, full) if check)

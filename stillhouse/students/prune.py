@@ -138,9 +138,7 @@ def _bn_scores(model: nn.Module, groups: Sequence[Group]) -> list[Tensor]:
         without += [] if seen else [group.name]
     if without:
         named = "no group has one" if len(without) == len(groups) else f"{without[0]} has none"
-        raise UserError(
-            f"method 'bn' needs a BatchNorm in every group, {named}; use 'snip' or 'l1', or ignore= it"
-        )
+        raise UserError(f"method 'bn' needs a BatchNorm in every group, {named}; use 'snip' or 'l1', or ignore= it")
     return scores
 
 
@@ -251,6 +249,8 @@ def fit_budget(
     reached = costs(pruned(k))
     last = costs(pruned(k - 1)) - reached if k else 0
     if reached > target * (1 + tolerance) and k == len(steps) and reached - target > last:
+        if not steps:
+            raise UserError("no group can lose a unit; the second value of find_groups says why for each layer")
         raise UserError(
             f"ratio={ratio} cannot be reached: at most {1 - reached / max(base, 1):.3f} of {measure} can go; "
             f"lower ratio, raise layer_bound={layer_bound}, or prune more with find_groups(scope='all')"
@@ -268,9 +268,7 @@ def _ranked(scores: Sequence[Tensor], kappa: float) -> list[np.ndarray]:
     raw = [s.detach().double().cpu().numpy() for s in scores]
     means = np.array([s.mean() for s in raw]) if raw else np.zeros(0)
     total = means.sum()
-    return [
-        s / m * (m / total) ** kappa if m > 0 else np.zeros_like(s) for s, m in zip(raw, means, strict=True)
-    ]
+    return [s / m * (m / total) ** kappa if m > 0 else np.zeros_like(s) for s, m in zip(raw, means, strict=True)]
 
 
 def _steps(
@@ -315,15 +313,11 @@ def _check_options(
     if not 0 <= kappa <= 1:
         raise UserError(f"kappa must lie in [0, 1], got {kappa}")
     if not 0 < layer_bound < 1:
-        raise UserError(
-            f"layer_bound is the largest fraction of a group to prune, in (0, 1), got {layer_bound}"
-        )
+        raise UserError(f"layer_bound is the largest fraction of a group to prune, in (0, 1), got {layer_bound}")
     if round_to < 1:
         raise UserError(f"round_to must be at least 1, got {round_to}")
     if [tuple(s.shape) for s in scores] != [(g.size,) for g in groups]:
-        raise UserError(
-            "scores must be one tensor of shape (size,) for each group, as score_groups gives them"
-        )
+        raise UserError("scores must be one tensor of shape (size,) for each group, as score_groups gives them")
     check_paths(model, whole=whole)
     for group in groups:
         held = [m.module for m in group.members if under(m.module, whole) is not None]

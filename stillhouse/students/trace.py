@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.students.groups import Group, Member, call, plain
 from stillhouse.students.layers import Axis, attention, is_depthwise, layout, part, tensors, under
+from stillhouse.students.plan import bare_copy
 from stillhouse.students.proof import on, proved, trial_copy
 
 Scope = Literal["inside", "all"]
@@ -65,7 +66,7 @@ def find_groups(
         raise UserError(f"the example does not fit the model ({type(model).__name__}): {error}") from error
     said = dict(_unsupported(trial))
     groups = list(_transformer_groups(trial))
-    groups += _Trace(trial, scope, groups, said).groups(shown)
+    groups += _Trace(bare_copy(trial), scope, groups, said).groups(shown)
     order = {name: i for i, name in enumerate(n for n, _ in trial.named_modules())}
     kept = []
     for group in sorted(groups, key=lambda g: order.get(g.name, len(order))):
@@ -90,9 +91,7 @@ def check_paths(model: nn.Module, **paths: Sequence[str]) -> None:
     names = [n for n, _ in model.named_modules()]
     for option, given in paths.items():
         if isinstance(given, str):
-            raise UserError(
-                f"{option} takes a list of module paths, got the string {given!r}; write [{given!r}]"
-            )
+            raise UserError(f"{option} takes a list of module paths, got the string {given!r}; write [{given!r}]")
         for path in given:
             if path not in names:
                 known = did_you_mean(path, [n for n in names if n])
@@ -149,9 +148,7 @@ def _chained(dot: str, chain: nn.Sequential) -> Iterator[Group]:
             if last is not None:
                 yield from _pair(last[0], last[1], dot + key, layer)
             last = (dot + key, layer)
-        elif next(layer.parameters(), None) is not None or isinstance(
-            layer, nn.Flatten | nn.Unflatten | nn.Softmax
-        ):
+        elif next(layer.parameters(), None) is not None or isinstance(layer, nn.Flatten | nn.Unflatten | nn.Softmax):
             last = None
 
 
@@ -178,6 +175,8 @@ def _left_whole(model: nn.Module, group: Group, ignore: Sequence[str], only: Seq
         where = layout(layer, member.axis)
         if where is None:
             return f"it is coupled with {member.module}, a {type(layer).__name__} that cannot be sliced"
+        if max((c for unit in member.index for c in unit), default=0) >= where.width:
+            return f"its channels could not be followed to {member.module}"
         own = [layer] if isinstance(layer, nn.Parameter) else [getattr(layer, n, None) for n in where.dims]
         if any(tied.get(id(t), 0) > 1 for t in own if t is not None):
             return f"{member.module} shares its weights with another layer"
@@ -185,7 +184,7 @@ def _left_whole(model: nn.Module, group: Group, ignore: Sequence[str], only: Seq
 
 
 class _Trace:
-    """Groups read from torch-pruning's dependency graph of a trial model."""
+    """Groups followed along torch-pruning's dependency graph of a trial model."""
 
     def __init__(self, model: nn.Module, scope: Scope, known: Sequence[Group], said: dict[str, str]) -> None:
         import torch_pruning
@@ -194,8 +193,80 @@ class _Trace:
         self.claimed = {(m.module, m.axis) for g in known for m in plain(model, g)}
         self.names: dict[int, str] = {id(m): n for n, m in model.named_modules()}
         self.names |= {id(p): n for n, p in model.named_parameters()}
+        self.widest = max(max(p.shape, default=1) for p in model.parameters())
         self.graph = torch_pruning.DependencyGraph()
         self.adds: set[int] = set()
+
+    def groups(self, example: Any) -> list[Group]:
+        """The groups of the trace; when there can be no trace, that is said of the whole model ("")."""
+        try:
+            with warnings.catch_warnings(), torch.enable_grad():
+                warnings.simplefilter("ignore")
+                self.graph.build_dependency(self.model, example, forward_fn=call, verbose=False)
+        except Exception as error:  # its inference of shapes fails on some reshapes
+            self.said[""] = f"torch-pruning cannot trace it ({type(error).__name__}: {error})"
+            return []
+        self.adds = {id(n) for n in self.graph.module2node.values() if self._is_add(n)}
+        found, done = [], set(self.claimed)
+        for name, module in self.model.named_modules():
+            known = module in self.graph.module2node and isinstance(module, _ConvNd | nn.Linear)
+            if not known or (name, "out") in done:
+                continue
+            group, why = self._follow(name, module)
+            if why is None:
+                found.append(group)
+                done |= {(m.module, m.axis) for m in group.members}
+            else:
+                self.said.setdefault(name, why)
+        return found
+
+    def _follow(self, root: str, module: nn.Module) -> tuple[Group, str | None]:
+        """All layers whose channels must go with those of one layer, or why these must stay."""
+        from torch_pruning._helpers import _HybridIndex as Pair  # what its index mappings take
+
+        start = self.graph.module2node[module]
+        width = self.graph.get_out_channels(module)
+        cut = self.graph.get_pruner_of_module(module).prune_out_channels
+        members: dict[tuple[str, Axis], dict[int, set[int]]] = {}
+        seen: dict[tuple[int, Any], set[Any]] = {}
+        stack = [(start, cut, [Pair(idx=i, root_idx=i) for i in range(width)])]
+        why: str | None = None
+        while stack and why is None:
+            node, cut, pairs = stack.pop()
+            before = seen.setdefault((id(node), cut), set())
+            pairs = [p for p in dict.fromkeys(pairs) if p not in before]
+            if not pairs:
+                continue
+            before.update(pairs)
+            why = self._obstacle(node, cut, max(p.idx for p in pairs))
+            self._note(members, node.module, cut, pairs)
+            for step in node.dependencies:
+                if step.is_triggered_by(cut):
+                    moved = pairs
+                    for mapping in step.index_mapping:
+                        moved = moved if mapping is None else mapping(moved)
+                    stack.append((step.target, step.handler, moved))
+        group = Group(
+            root,
+            width,
+            tuple(
+                Member(name, axis, tuple(tuple(sorted(units.get(u, ()))) for u in range(width)))
+                for (name, axis), units in members.items()
+            ),
+        )
+        return group, why or self._clash(group)
+
+    def _note(self, members: dict[tuple[str, Axis], dict[int, set[int]]], layer: Any, cut: Any, pairs: Any) -> None:
+        name = self.names.get(id(layer))
+        if name is None or (isinstance(layer, nn.PReLU) and layer.num_parameters == 1):
+            return  # an operation without parameters of its own
+        makes = self._makes(cut) or is_depthwise(layer)
+        units = members.setdefault((name, "out" if makes else "in"), {})
+        for pair in pairs:
+            units.setdefault(pair.root_idx, set()).add(pair.idx)
+
+    def _makes(self, cut: Any) -> bool:
+        return self.graph.is_out_channel_pruning_fn(cut)
 
     @staticmethod
     def _is_add(node: Any) -> bool:
@@ -204,67 +275,25 @@ class _Trace:
         streams = {id(n) for n in node.inputs if not isinstance(n.module, nn.Parameter)}
         return kind in ("AddBackward0", "SubBackward0") and len(streams) > 1
 
-    def groups(self, example: Any) -> list[Group]:
-        """The groups of the trace; when there can be no trace, that is said of the whole model ("")."""
-        found = []
-        try:
-            with warnings.catch_warnings(), torch.enable_grad():
-                warnings.simplefilter("ignore")
-                self.graph.build_dependency(self.model, example, forward_fn=call, verbose=False)
-                traced = list(self.graph.get_all_groups(root_module_types=(_ConvNd, nn.Linear)))
-        except Exception as error:  # its inference of shapes fails on some reshapes
-            self.said[""] = f"torch-pruning cannot trace it ({type(error).__name__}: {error})"
-            return []
-        self.adds = {id(n) for n in self.graph.module2node.values() if self._is_add(n)}
-        for items in traced:
-            root = self.names[id(items[0].dep.target.module)]
-            if (root, "out") in self.claimed:
-                continue
-            group, makers = self._read(items)
-            why = self._why_whole(items, group, makers)
-            if why is None:
-                found.append(group)
-                continue
-            for path in makers:
-                self.said.setdefault(path, why)
-        return found
-
-    def _read(self, items: Any) -> tuple[Group, list[str]]:
-        """A group of ours from one of theirs, and the layers that make its channels."""
-        size = len(items[0].idxs)
-        members: dict[tuple[str, Axis], dict[int, set[int]]] = {}
-        for item in items:
-            module = item.dep.target.module
-            name = self.names.get(id(module))
-            if name is None or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
-                continue  # an operation without parameters
-            makes = self.graph.is_out_channel_pruning_fn(item.dep.handler) or is_depthwise(module)
-            units = members.setdefault((name, "out" if makes else "in"), {})
-            for unit, channel in zip(item.root_idxs, item.idxs, strict=True):
-                units.setdefault(unit, set()).add(channel)
-        found = tuple(
-            Member(name, axis, tuple(tuple(sorted(units.get(u, ()))) for u in range(size)))
-            for (name, axis), units in members.items()
-        )
-        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
-        makers = [n for n in layers if (n, "out") in members]
-        name = next((n for n in makers if not is_depthwise(layers[n])), makers[0])
-        return Group(
-            name, size, tuple(sorted(found, key=lambda m: (m.module, m.axis) != (name, "out")))
-        ), makers
-
-    def _why_whole(self, items: Any, group: Group, makers: Sequence[str]) -> str | None:
-        nodes = [item.dep.target for item in items]
-        ends = [i.dep.target for i in items if self.graph.is_out_channel_pruning_fn(i.dep.handler)]
-        if any(not n.outputs for n in ends if id(n.module) in self.names):
+    def _obstacle(self, node: Any, cut: Any, highest: int) -> str | None:
+        """What on the way forbids removing the channels that pass there."""
+        named = self.names.get(id(node.module))
+        last = named is not None and self._makes(cut) and not node.outputs
+        if last or type(node.module).__name__ == "_OutputOp":
             return "its outputs are outputs of the model"
-        if any(type(n.module).__name__ == "_OutputOp" for n in nodes):
-            return "its outputs are outputs of the model"
-        if self.scope == "inside" and any(id(n) in self.adds for n in nodes):
+        if highest >= self.widest:
+            return "its channels could not be followed through a reshape or concatenation"
+        if self.scope == "inside" and id(node) in self.adds:
             return "its channels pass through a residual add (scope='all' takes these too)"
-        first = [n for n in nodes if not n.inputs and self.names.get(id(n.module)) in makers]
-        if self.scope == "inside" and self.adds and first:
+        if is_depthwise(node.module) and not node.inputs:
+            return "it reads the model's input channel by channel"
+        maker = isinstance(node.module, _ConvNd | nn.Linear) and self._makes(cut)
+        if self.scope == "inside" and self.adds and maker and not node.inputs:
             return "it is the stem of a residual network (scope='all' takes it too)"
+        return None
+
+    def _clash(self, group: Group) -> str | None:
+        """What in the group as a whole forbids removing its units one by one."""
         for member in group.members:
             owner = part(self.model, member.module)
             if isinstance(owner, nn.Parameter):

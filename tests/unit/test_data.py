@@ -242,12 +242,12 @@ def test_views_repeat_and_copies_differ() -> None:
     assert "view" not in Batches(s, 30, augment=False).batch(Clock())
     k = Batches(s, 10, copies=3)
     batch = k.batch(clock(k, 0))
-    assert batch["input"].shape == (3, 10, 3, 8, 8)
-    assert not torch.equal(batch["input"][0], batch["input"][1])
+    assert batch["input"].shape == (10, 3, 3, 8, 8)
+    assert not torch.equal(batch["input"][:, 0], batch["input"][:, 1])
     again = s.take(batch["id"].numpy(), view=2, seed=0)["input"]
-    assert torch.equal(batch["input"][2], again)
+    assert torch.equal(batch["input"][:, 2], again)
     plain = Batches(s, 10, copies=2, augment=False).batch(Clock())["input"]
-    assert torch.equal(plain[0], plain[1])
+    assert torch.equal(plain[:, 0], plain[:, 1])
 
 
 def test_a_set_smaller_than_the_batch_is_one_batch() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.data import Data, Relabelled, Samples, split
+from stillhouse.data import Data, Relabelled, Samples, load, split
 from stillhouse.engine import Run
 from stillhouse.evaluate import environment, spread
 from stillhouse.family import Family
@@ -105,16 +105,13 @@ def curves(family: Family) -> list[Curve]:
 
 def small_digits(noise: float, seed: int) -> Data:
     """300 training, 150 held-out and the remaining digits as test, as the card has it; optional label noise."""
-    from stillhouse.data import load
-
     whole = load("digits")
-    rest, held = split(whole.train, 150 / len(whole.train), seed=fold("held", seed))
-    train: Samples
-    _, train = split(rest, 300 / len(rest), seed=fold("train", seed))
+    rest, judge = split(whole.train, 150 / len(whole.train), seed=fold("held", seed))
+    _, learn = split(rest, 300 / len(rest), seed=fold("train", seed))
+    parts: list[Samples] = [learn, judge]
     if noise:
-        train = Relabelled(train, noise=noise, seed=fold("noise", seed))
-        held = Relabelled(held, noise=noise, seed=fold("noise held", seed))
-    return Data("digits 300/150", train, whole.test, held_out=held)
+        parts = [Relabelled(part, noise=noise, seed=fold("noise", k, seed)) for k, part in enumerate(parts)]
+    return Data("digits 300/150", parts[0], whole.test, held_out=parts[1])
 
 
 def poison(ids: Tensor, y: Tensor) -> Tensor:
