@@ -11,7 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "stillhouse.engine": ("Run", "fit"),
+    "stillhouse.engine": ("fit",),
+    "stillhouse.run": ("Run",),
     "stillhouse.system": (
         "Batch",
         "Clock",

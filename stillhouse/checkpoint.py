@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +24,15 @@ VERSION = 1
 
 
 class Checkpoints:
-    """The checkpoints and the log of one stage folder."""
+    """The checkpoints and the log of one stage folder.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Args:
+        folder: the stage's folder.
+        main: whether this process may change files; the others only read.
+    """
+
+    def __init__(self, folder: Path, main: bool = True):
+        self.folder, self.main = folder, main
         self.last, self.previous = folder / "checkpoint.safetensors", folder / "previous.safetensors"
         self.log = folder / "log.jsonl"
 
@@ -46,7 +52,10 @@ class Checkpoints:
             if self.last.exists():  # a second name for the good one, then the new one takes its place
                 spare = self.folder / "previous.tmp"
                 spare.unlink(missing_ok=True)
-                os.link(self.last, spare)
+                try:
+                    os.link(self.last, spare)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(self.last, spare)
                 os.replace(spare, self.previous)
             atomic_write(self.last, save(copies, header))
         except (OSError, UserError) as error:
@@ -55,8 +64,11 @@ class Checkpoints:
     def read(self, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest checkpoint, or None when there is none; refuses a damaged or a foreign one."""
         path = self.last if self.last.exists() else self.previous
+        if self.main:
+            self.sweep()
         if not path.exists():
-            self.log.unlink(missing_ok=True)
+            if self.main:
+                self.log.unlink(missing_ok=True)
             return None
         tensors, facts = self.open(path)
         if facts["identity"] != dict(identity):
@@ -64,8 +76,14 @@ class Checkpoints:
                 f"{path} was saved under other settings: {difference(facts['identity'], identity)}; "
                 "resume with the same ones, or use another folder"
             )
-        self.trim(int(facts["step"]))
+        if self.main:
+            self.trim(int(facts["step"]))
         return tensors, facts
+
+    def sweep(self) -> None:
+        """Removes what a kill in the middle of a write left behind."""
+        for stray in [*self.folder.glob(".*.safetensors"), *self.folder.glob(".*.jsonl"), *self.folder.glob("*.tmp")]:
+            stray.unlink(missing_ok=True)
 
     def open(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         from safetensors import SafetensorError, safe_open

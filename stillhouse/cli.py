@@ -158,7 +158,9 @@ def do_resume(args: argparse.Namespace) -> None:
         raise UserError(f"{args.folder} holds no run to resume (no run.json); start one with: stillhouse run SYSTEM")
     saved = read_json(path)
     if saved.get("format", 0) > RUN_FORMAT:
-        raise UserError(f"{path} was written by a newer Stillhouse (format {saved['format']}); pip install -U stillhouse")
+        raise UserError(
+            f"{path} was written by a newer Stillhouse (format {saved['format']}); pip install -U stillhouse"
+        )
     options, config = parse_flags(saved["system"], saved["flags"])
     options = dataclasses.replace(options, out=args.folder)
     now = settings(options, config)

@@ -1,4 +1,4 @@
-"""The loop: `Run` (a folder, a seed, a device) and `fit` (one stage of training, memoised in that folder).
+"""The loop: `fit`, one stage of training, memoised in the folder of its `Run`.
 
 Order of one step: clock → seed → batch → for each due Update: zero, (micro-batches: forward, backward | assign),
 reduce over processes, clip, step → after_step → log → evaluate and checkpoint when due → stop cleanly when asked.
@@ -18,151 +18,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from stillhouse.checkpoint import Checkpoints, load_optimizer, optimizer_state
 from stillhouse.data.sources import Lazy
-from stillhouse.errors import Interrupted, NotFinite, UserError
-from stillhouse.files import inside, read_json, write_json
+from stillhouse.errors import Interrupted, NotFinite
 from stillhouse.progress import Progress
+from stillhouse.run import DTYPES, Run
 from stillhouse.system import Batch, Clock, Gradients, Source, System, Terms, Update, fold, map_tensors, walk
 
 S = TypeVar("S", bound=System)
-Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Run:
-    """A folder, a seed and a device: where stages are trained, remembered and resumed.
-
-    Args:
-        folder: where checkpoints, logs and results go; made when missing.
-        seed: everything random is a function of it.
-        device: "auto" (GPU when there is one), "cpu", "cuda", "mps".
-        precision: "fp32", or autocast to "bf16" / "fp16" (with loss scaling).
-        compile: pass the System's modules through ``torch.compile``.
-        channels_last: keep image weights and inputs in channels-last memory order.
-        micro_batch: largest number of samples in one forward pass; a step stays one global batch.
-        workers: threads that prepare batches ahead, for data that is read from files.
-        checkpoint_every: steps between checkpoints; None saves once a minute. Never changes the result.
-        log_every: steps between rows of the log.
-        track: names of trackers for Accelerate ("tensorboard", "wandb", …).
-        quiet: print nothing.
-
-    Example:
-        >>> import tempfile
-        >>> Run(tempfile.mkdtemp(), seed=1).seed
-        1
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        seed: int = 0,
-        device: str = "auto",
-        precision: Precision = "fp32",
-        compile: bool = False,
-        channels_last: bool = False,
-        micro_batch: int | None = None,
-        workers: int = 0,
-        checkpoint_every: int | None = None,
-        log_every: int = 10,
-        track: Sequence[str] = (),
-        quiet: bool = False,
-    ):
-        if precision not in ("fp32", *DTYPES):
-            raise UserError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
-        if micro_batch is not None and micro_batch < 1:
-            raise UserError(f"micro_batch must be at least 1, got {micro_batch}")
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.seed, self.precision, self.compile = seed, precision, compile
-        self.channels_last, self.micro_batch, self.workers = channels_last, micro_batch, workers
-        self.checkpoint_every, self.log_every, self.quiet = checkpoint_every, log_every, quiet
-        self.track = tuple(track)
-        self.accelerator = _accelerator(device, self.track, self.folder)
-        self.device: torch.device = self.accelerator.device
-        self.rank: int = self.accelerator.process_index
-        self.world: int = self.accelerator.num_processes
-
-    @property
-    def main(self) -> bool:
-        """Whether this process is the one that writes."""
-        return self.rank == 0
-
-    def child(self, name: str, *, seed: int | None = None, quiet: bool = False) -> Run:
-        """A run in a subfolder with the same settings: one arm of a comparison, one seed of several."""
-        other = object.__new__(Run)
-        other.__dict__.update(self.__dict__)
-        other.folder = inside(self.folder / "arms", name)
-        other.folder.mkdir(parents=True, exist_ok=True)
-        other.seed = self.seed if seed is None else seed
-        other.quiet = self.quiet or quiet
-        return other
-
-    def stage(self, name: str) -> Path:
-        return inside(self.folder / "stages", name)
-
-    def log(self, name: str) -> list[dict[str, Any]]:
-        """The rows logged by stage `name`: ``{"step": …, "epoch": …, "label": …, …}``, oldest first."""
-        path = self.stage(name) / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def memo(self, name: str, make: Callable[[], Any]) -> Any:
-        """A JSON value that is made once and read back when the run is resumed."""
-        path = inside(self.folder, f"{name}.json")
-        if path.exists():
-            return read_json(path)
-        value = make()
-        if self.main:
-            write_json(path, value)
-        return json.loads(json.dumps(value))
-
-    def all_mean(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
-        """Mean over processes of each tensor, weighted by each process's sample count."""
-        if self.world == 1:
-            return list(tensors)
-        dtype = torch.promote_types(torch.float32, tensors[0].dtype)
-        flat = torch.cat([t.detach().reshape(-1).to(dtype) for t in tensors])
-        flat = torch.cat([flat * count, flat.new_tensor([count])])
-        torch.distributed.all_reduce(flat)
-        flat = flat[:-1] / flat[-1]
-        return [
-            part.view_as(t).to(t.dtype)
-            for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
-        ]
-
-    def close(self) -> None:
-        """Ends the trackers and, with several processes, the process group."""
-        if self.track:
-            self.accelerator.end_training()
-        if self.world > 1:
-            torch.distributed.destroy_process_group()
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            self.accelerator.wait_for_everyone()
-
-
-def _accelerator(device: str, track: Sequence[str], folder: Path) -> Any:
-    from accelerate import Accelerator
-
-    if device not in ("auto", "cpu") and not device.startswith(("cuda", "mps", "xpu")):
-        raise UserError(f"device must be auto, cpu, cuda or mps, got {device!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
-    try:
-        made = Accelerator(cpu=device == "cpu", log_with=list(track) or None, project_dir=str(folder / "track"))
-    except ValueError as error:
-        raise UserError(f"--track {' '.join(track)}: {error}") from None
-    if track:
-        made.init_trackers("stillhouse")
-    return made
 
 
 def fit(
@@ -217,10 +85,10 @@ class _Fit:
                 group.setdefault("initial_lr", group["lr"])
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
         self.identity = _identity(run, name, system, source, steps, settings)
-        self.checkpoints = Checkpoints(run.stage(name))
+        self.checkpoints = Checkpoints(run.stage(name), run.main)
         self.rows: list[dict[str, Any]] = []
         self.pending: dict[str, Tensor] = {}
-        self.bad = torch.zeros((), dtype=torch.int64, device=run.device)  # 1 + the first step with a bad loss
+        self.bad = torch.tensor(steps, device=run.device)  # the first step with a bad loss
         self.clock = Clock(
             seed=run.seed,
             stage=name,
@@ -236,12 +104,12 @@ class _Fit:
 
     def go(self) -> Any:
         start = self.restore()
+        self.system.train()
         if start >= self.steps:
             return self.system
         if self.run.compile:
             for child in self.system.children():
                 child.compile()
-        self.system.train()
         saved_at = time.monotonic()
         with _graceful() as stop, Progress(self.name, self.steps, start, not self.run.main or self.run.quiet) as bar:
             for step in range(start, self.steps):
@@ -257,7 +125,8 @@ class _Fit:
                 if due or stopping or done == self.steps:
                     self.save(done)
                     saved_at = time.monotonic()
-                if stopping and done < self.steps:
+                # Also when the stage is done, or when the request came while saving: what follows must not start.
+                if stopping or (done == self.steps and self.agree(stop.is_set())):
                     raise Interrupted(f"stopped after step {done} of {self.steps} of stage {self.name!r}; all is saved")
         return self.system
 
@@ -268,6 +137,10 @@ class _Fit:
         value = torch.tensor([time.monotonic() - since], device=self.run.device)
         torch.distributed.broadcast(value, 0)
         return float(value)
+
+    def agree(self, stop: bool) -> bool:
+        """Whether any process was asked to stop."""
+        return bool(self.run.all_mean([torch.tensor([float(stop)], device=self.run.device)], 1)[0] > 0)
 
     def measure(self, clock: Clock) -> dict[str, float]:
         self.system.eval()
@@ -281,11 +154,11 @@ class _Fit:
     def step(self, clock: Clock, stop: bool) -> bool:
         torch.manual_seed(fold(clock.seed, clock.stage, clock.step, clock.rank))
         batch = self.source.batch(clock)
-        stopping = stop
-        for update in self.updates:
-            if update.due(clock.step):
-                for _ in range(update.repeat):
-                    stopping = self.apply(update, batch, clock, stopping)
+        due = [u for u in self.updates if u.due(clock.step)]
+        stopping = stop if due else self.agree(stop)
+        for update in due:
+            for _ in range(update.repeat):
+                stopping = self.apply(update, batch, clock, stopping)
         self.system.after_step(clock)
         if self.run.world > 1:
             self.share_buffers()
@@ -304,7 +177,9 @@ class _Fit:
         for index, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
             share = count / sum(counts)
             at = clock if len(pieces) == 1 else dataclasses.replace(clock, micro=index, micros=len(pieces))
-            scaled |= self.gather(update, method(self.to_device(piece), at), share)
+            with self.autocast():
+                result = method(self.to_device(piece), at)
+            scaled |= self.gather(update, result, share, first=index == 0)
         stop = self.reduce(update, sum(counts), stop)
         if update.maximize:
             for p in update.params:
@@ -321,7 +196,12 @@ class _Fit:
             optimizer.step()
         return stop
 
-    def gather(self, update: Update, result: Terms | Gradients, share: float) -> bool:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.run.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.run.device.type, dtype=DTYPES[self.run.precision])
+
+    def gather(self, update: Update, result: Terms | Gradients, share: float, first: bool) -> bool:
         """Adds one micro-batch's gradients; returns whether they carry the loss scale."""
         if isinstance(result, Terms):
             total = result.total
@@ -329,7 +209,7 @@ class _Fit:
             loss = total if share == 1 else total * share
             one = len(self.updates) == 1
             self.scaler.scale(loss).backward(inputs=None if one else update.params)
-            self.note({**result.terms, **result.notes}, share)
+            self.note({**result.terms, **result.notes}, share, first)
             return self.scaler.is_enabled()
         if not isinstance(result, Gradients):
             raise TypeError(f"{update.name} must return Terms or Gradients, got {type(result).__name__}")
@@ -338,18 +218,17 @@ class _Fit:
                 g = g.detach() if share == 1 else g.detach() * share
                 p.grad = g.to(p.dtype) if p.grad is None else p.grad + g
                 self.watch(g.sum())
-        self.note(result.notes, share)
+        self.note(result.notes, share, first)
         return False
 
     def watch(self, value: Tensor) -> None:
         """Remembers the first step with a value that is not finite, without waiting for the device."""
-        bad = (~torch.isfinite(value.detach())).to(self.bad.dtype) * (self.now + 1)
-        self.bad = torch.where(self.bad > 0, self.bad, bad)
+        self.bad = torch.where(torch.isfinite(value.detach()) | (self.bad < self.now), self.bad, self.now)
 
-    def note(self, values: Mapping[str, Tensor], share: float) -> None:
+    def note(self, values: Mapping[str, Tensor], share: float, first: bool) -> None:
         for key, value in values.items():
             value = value.detach() * share if value.is_floating_point() else value.detach()
-            self.pending[key] = self.pending[key] + value if key in self.pending and share < 1 else value
+            self.pending[key] = value if first or key not in self.pending else self.pending[key] + value
 
     def split(self, batch: Batch, update: Update) -> tuple[Sequence[Batch], list[int]]:
         limit = self.run.micro_batch
@@ -374,12 +253,14 @@ class _Fit:
     def reduce(self, update: Update, count: int, stop: bool) -> bool:
         if self.run.world == 1:
             return stop
+        # A parameter that no process has a gradient for keeps None, or weight decay would move it.
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in update.params]
-        flag = torch.tensor([float(stop)], device=self.run.device)
-        *means, stopped = self.run.all_mean([*grads, flag], count)
-        for p, mean in zip(update.params, means, strict=True):
-            p.grad = mean
-        return bool(stopped > 0)
+        flags = [float(stop), *(float(p.grad is not None) for p in update.params)]
+        *means, flag = self.run.all_mean([*grads, torch.tensor(flags, device=self.run.device)], count)
+        stopped, *had = (flag > 0).tolist()
+        for p, mean, some in zip(update.params, means, had, strict=True):
+            p.grad = mean if some else None
+        return bool(stopped)
 
     def share_buffers(self) -> None:
         """Running statistics follow process 0, as in DistributedDataParallel."""
@@ -410,16 +291,21 @@ class _Fit:
             flat = {k: v for k, v in row.items() if isinstance(v, int | float)}
             self.run.accelerator.log({f"{self.name}/{k}": v for k, v in flat.items()}, step=clock.step)
 
-    def check(self, step: int) -> None:
-        first = int(self.bad)
-        if first:
-            kept = self.checkpoints.describe()
-            raise NotFinite(
-                f"stage {self.name!r}: the loss is not finite at step {first - 1}; lower the learning rate or clip; {kept}"
-            )
+    def check(self, step: int, weights: bool = False) -> None:
+        """Stops at a loss, or at weights, that are not finite; the first such step of any process is named."""
+        if self.run.world > 1:
+            torch.distributed.all_reduce(self.bad, torch.distributed.ReduceOp.MIN)
+        what, first = "", int(self.bad)
+        if first < self.steps:
+            what = f"the loss is not finite at step {first}"
+        elif weights and not all(torch.isfinite(p).all() for u in self.updates for p in u.params):
+            what = f"the weights are not finite after step {step}"
+        if what:
+            hint = f"lower the learning rate or clip; {self.checkpoints.describe()}"
+            raise NotFinite(f"stage {self.name!r}: {what}; {hint}")
 
     def save(self, done: int) -> None:
-        self.check(done)
+        self.check(done - 1, weights=True)  # bad weights must not take a good checkpoint's place
         if self.run.main:
             state = {f"system/{k}": v for k, v in self.system.state_dict().items()}
             facts: dict[str, Any] = {"step": done, "steps": self.steps, "identity": self.identity}

@@ -1,4 +1,4 @@
-"""Networks by name: ``stillhouse:resnet20``, ``torchvision:resnet18``, ``timm:vit_tiny_patch16_224``, ``pkg.mod:build``.
+"""Networks by name: ``stillhouse:resnet20``, ``torchvision:resnet18``, ``timm:convnext_tiny``, ``pkg.mod:build``.
 
 A `ModelSpec` is everything needed to build a network again in a fresh process; it travels in ``plan.json``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ class MLP(nn.Sequential):
     def __init__(self, shape: tuple[int, ...], classes: int, widths: tuple[int, ...] = (64, 64, 64)):
         sizes = [int(torch.Size(shape).numel()), *widths]
         layers: list[nn.Module] = [nn.Flatten()]
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+        for a, b in itertools.pairwise(sizes):
             layers += [nn.Linear(a, b), nn.ReLU()]
         super().__init__(*layers, nn.Linear(sizes[-1], classes))
 

@@ -49,7 +49,7 @@ def choose_trunks(base: nn.Module, example: Tensor, cuts: Sequence[str], peers: 
     Args:
         base: the network.
         example: an input batch.
-        cuts: the last shared module, none (about 40 % of the multiply-accumulates), one for all, or one per peer.
+        cuts: the last shared module, none (about half of the multiply-accumulates), one for all, or one per peer.
         peers: how many.
     """
     units = find_units(base, example)

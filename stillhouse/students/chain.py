@@ -103,20 +103,20 @@ def parents(units: Sequence[Unit]) -> list[str]:
     return list(found)
 
 
-def default_trunk(units: Sequence[Unit], share: float = 0.4) -> list[str]:
-    """The first units that together hold at most `share` of the multiply-accumulates, but at least one weight."""
-    chosen: list[str] = []
-    total = 0.0
+def default_trunk(units: Sequence[Unit], share: float = 0.5) -> list[str]:
+    """The first units whose part of the multiply-accumulates comes nearest to `share`.
+
+    At least one unit with weights is shared, and at least a twentieth of the work is left to the tails.
+    """
+    total, best, gap = 0.0, 0, 2.0
+    whole = sum(u.share for u in units)
     for k, u in enumerate(units[:-1]):
-        if chosen and total > 0 and total + u.share > share:
-            break
-        if sum(v.share for v in units[k + 1 :]) <= 0.05:
-            break
-        chosen.append(u.path)
         total += u.share
-    if not chosen or total == 0:
+        if total > 0 and whole - total >= 0.05 and abs(total - share) <= gap:
+            best, gap = k + 1, abs(total - share)
+    if not best:
         raise UserError("the network has no parts that could be a shared trunk; use --share none or nested")
-    return chosen
+    return [u.path for u in units[:best]]
 
 
 def find_head(model: nn.Module, example: Tensor) -> str:

@@ -173,7 +173,7 @@ def _gradients(model: nn.Module, weights: Sequence[Tensor], loss: Loss) -> list[
         if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
             raise UserError("loss= must return a scalar tensor that depends on the model's weights")
         if not torch.isfinite(value):
-            raise UserError(f"the scoring loss is {float(value)}; check the scoring batches and the weights")
+            raise UserError(f"the scoring loss is {value.item()}; check the scoring batches and the weights")
         grads = torch.autograd.grad(value, weights, allow_unused=True)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
 

@@ -1,7 +1,7 @@
 """WML on real data: the family of one run, and on built-in digits the four claims over several seeds.
 
-    stillhouse run wml --out runs/wml                    # digits: the family and the claims, about two minutes
-    stillhouse run wml --data cifar10 --model torchvision:resnet18 --stem small --out runs/r18
+stillhouse run wml --out runs/wml                    # digits: the family and the claims, about two minutes
+stillhouse run wml --data cifar10 --model torchvision:resnet18 --stem small --out runs/r18
 """
 
 from __future__ import annotations
@@ -93,8 +93,12 @@ def curves(family: Family) -> list[Curve]:
         return Curve(title, "step", label, {n: (steps, [r[key][i] for r in rows]) for i, n in enumerate(names)})
 
     return [
-        Curve("Loss, label and teaching parts", "step", "loss",
-              {k: (steps, [r[k] for r in rows]) for k in ("label", "teach")}),
+        Curve(
+            "Loss, label and teaching parts",
+            "step",
+            "loss",
+            {k: (steps, [r[k] for r in rows]) for k in ("label", "teach")},
+        ),
         each("Cross-entropy of each peer in training", "nats", "ce"),
         each("Importance ω", "weight", "omega"),
     ]

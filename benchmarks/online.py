@@ -1,0 +1,330 @@
+"""Arms of online distillation on equal data, networks and numbers of optimiser steps.
+
+    .venv/bin/python benchmarks/online.py --data digits --out runs/online --jobs 2
+    .venv/bin/python benchmarks/online.py --data cifar10 --variants clean noise --tune --out runs/online --jobs 2
+    .venv/bin/python benchmarks/online.py --quick --out /tmp/online        # a minute, to see that it works
+
+Every (data, variant, arm, seed) is a run in a folder of its own under --out: an interrupted one is resumed, a
+finished one read back. The table and the claims of the cards are printed and written to OUT/DATA/report.{md,json}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common import pm, read, remember, table, write
+
+import torch  # isort: skip
+
+from stillhouse.data import Data, Relabelled, load, split
+from stillhouse.engine import Run
+from stillhouse.evaluate import classification
+from stillhouse.models import ModelSpec
+from stillhouse.recipes.wml.experiment import PRESET, poison
+from stillhouse.recipes.wml.recipe import Config, distill, part_data
+from stillhouse.system import fold
+
+ARMS: dict[str, dict[str, Any]] = {
+    "separate": {"rule": "independent", "share": "none"},  # nothing shared, no teaching: what each model does alone
+    "independent": {"rule": "independent"},
+    "dml": {"rule": "dml"},
+    "kdcl-general": {"rule": "kdcl-general"},
+    "one": {"rule": "one"},
+    "okddip": {"rule": "okddip"},
+    "uniform": {"rule": "wml", "eta": 0.0},
+    "wml": {"rule": "wml"},
+    "wml-first-term": {"rule": "wml", "second_term": False},
+    "wml+merge": {"rule": "wml", "merge": 0.2},  # the last fifth of the steps with the held-out part merged in
+}
+VARIANTS = ("clean", "poison", "noise")
+MUTUAL = [a for a in ARMS if a not in ("separate", "independent")]
+GRID = [(a, r) for a in (0.25, 0.5, 0.75) for r in (0.0, 0.3)]
+TUNE_SEED = 100
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set with its network and the settings that all arms have in common."""
+
+    model: str
+    seeds: int
+    steps: int
+    cfg: Config
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SETTINGS = {
+    "digits": Setting("stillhouse:mlp", 5, 240, PRESET, {"widths": [64, 64]}),
+    "fashion-mnist": Setting(
+        "stillhouse:cnn", 3, 780,
+        Config(ratios=(0.0, 0.3, 0.6, 0.8), trunk=("block1",), lr=0.05, outer_every=5),
+    ),
+    "cifar10": Setting("stillhouse:resnet8", 3, 3120, Config(ratios=(0.0, 0.3, 0.5, 0.7), lr=0.1, alpha=0.3)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run; everything that its result depends on."""
+
+    data: str
+    variant: str
+    arm: str
+    seed: int
+    steps: int
+    changes: dict[str, Any]
+    tuning: bool = False
+
+    def folder(self, out: str) -> Path:
+        name = f"tune/{self.arm}-a{self.changes['alpha']}-r{self.changes['ramp']}" if self.tuning else self.arm
+        return Path(out) / self.data / self.variant / name / f"seed{self.seed}"
+
+
+def load_data(task: Task) -> Data:
+    """The data of a run; when tuning, its test part is made of training samples, so that no arm sees the test set."""
+    noise = 0.3 if task.variant == "noise" else 0.0
+    if task.data == "digits":  # 300 to learn, 150 held out for whoever asks, as in the card
+        whole = load("digits")
+        spare, part = split(whole.train, 450 / len(whole.train), seed=fold("digits", task.seed))
+        learn, held = split(part, 1 / 3, seed=fold("held", task.seed))
+        parts: list[Any] = [learn, held]
+        if noise:
+            parts = [Relabelled(p, noise=noise, seed=fold("noise", k, task.seed)) for k, p in enumerate(parts)]
+        return Data("digits 300/150", parts[0], spare if task.tuning else whole.test, held_out=parts[1])
+    how: dict[str, Any] = {"image_size": 16, "augment": "flip"} if task.data == "cifar10" else {}
+    data = load(task.data, limit=10000, label_noise=noise, seed=task.seed, **how)
+    if task.tuning:
+        rest, judge = split(data.train, 0.1, seed=TUNE_SEED)
+        return Data(data.name, rest, judge)
+    return data
+
+
+def configure(task: Task, data: Data) -> Config:
+    """The arm's settings, with as many epochs as give the asked number of optimiser steps."""
+    changes = {**ARMS[task.arm], **task.changes}
+    if task.variant == "poison":
+        equal = sorted(SETTINGS[task.data].cfg.ratios)[1]
+        changes |= {"ratios": (equal,) * 4, "init": "fresh"}
+    merged = round(changes.pop("merge", 0.0) * task.steps)
+    cfg = replace(SETTINGS[task.data].cfg, **changes)
+    train, _, _ = part_data(data, cfg, task.seed)
+
+    def epochs(steps: int, samples: int) -> float:
+        return steps / (samples // min(cfg.batch, samples))
+
+    return replace(
+        cfg, epochs=epochs(task.steps - merged, len(train)), merge_epochs=epochs(merged, len(data.train))
+    )
+
+
+def work(task: Task, out: str, device: str) -> dict[str, Any]:
+    """Runs one task, or reads its result back."""
+    torch.set_num_threads(1)
+    folder = task.folder(out)
+
+    def make() -> dict[str, Any]:
+        data, setting = load_data(task), SETTINGS[task.data]
+        cfg = configure(task, data)
+        run = Run(folder, seed=task.seed, device=device, quiet=True)
+        spec = ModelSpec(setting.model, len(data.classes), tuple(data.shape), options=setting.options)
+        family = distill(run, data, spec, cfg, labels=poison if task.variant == "poison" else None)
+        assert family.cost["steps"] == task.steps, (family.cost["steps"], task.steps)
+        result = {**family.evaluate(data, run.device), **family.cost}
+        _, held, _ = part_data(data, cfg, task.seed)
+        if held is not None:
+            z, y = family.logits(held, run.device)
+            result["held_out_error"] = [1 - classification(a, y)["accuracy"] for a in z]
+        return {k: list(v.values()) if isinstance(v, dict) else v for k, v in result.items()}
+
+    settings = {"steps": task.steps, "changes": task.changes}
+    return remember(folder / "result.json", settings, make)
+
+
+def run_all(tasks: Sequence[Task], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Results in the order of the tasks, `jobs` at a time, each in a fresh process when there are several."""
+    if args.jobs == 1:
+        results = []
+        for i, task in enumerate(tasks):
+            results.append(work(task, args.out, args.device))
+            said(i, tasks, results[-1])
+        return results
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=8) as pool:
+        futures = [pool.submit(work, task, args.out, args.device) for task in tasks]
+        results = []
+        for i, future in enumerate(futures):
+            results.append(future.result())
+            said(i, tasks, results[-1])
+    return results
+
+
+def said(i: int, tasks: Sequence[Task], r: dict[str, Any]) -> None:
+    t = tasks[i]
+    numbers = f"mean peer {100 * r['mean_accuracy']:.2f} %, ensemble {100 * r['ensemble_accuracy']:.2f} %"
+    what = f"{t.data} {t.variant} {t.arm} seed {t.seed} {t.changes or ''}"
+    print(f"[{i + 1}/{len(tasks)}] {what}: {numbers}, NLL {r['ensemble_nll']:.4f}, {r['seconds']:.0f} s", flush=True)
+
+
+def tune(data: str, variant: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """For every arm the α and ramp with the best mean peer accuracy on samples set apart from the training data."""
+    path = Path(args.out) / data / variant / "tuned.json"
+    arms = [a for a in args.arms if a in MUTUAL]
+    steps = args.steps or SETTINGS[data].steps
+    tasks = [
+        Task(data, variant, arm, TUNE_SEED, steps, {**args.set, "alpha": a, "ramp": r}, tuning=True)
+        for arm in arms
+        for a, r in GRID
+    ]
+    scores: dict[str, list[tuple[float, dict[str, float]]]] = {arm: [] for arm in arms}
+    for task, result in zip(tasks, run_all(tasks, args), strict=True):
+        choice = {k: task.changes[k] for k in ("alpha", "ramp")}
+        scores[task.arm].append((result["mean_accuracy"], choice))
+    chosen = {arm: max(s, key=lambda pair: pair[0])[1] for arm, s in scores.items()}
+    chosen = {**(read(path) or {}).get("chosen", {}), **chosen}
+    write(path, {"chosen": chosen, "scores": scores})
+    return chosen
+
+
+# -- reading the results ---------------------------------------------------------------------------------------
+
+Results = dict[tuple[str, str], list[dict[str, Any]]]  # (variant, arm) -> one result per seed
+
+
+def rows(results: Results) -> list[list[str]]:
+    made = []
+    for (variant, arm), rs in results.items():
+        points = {
+            "mean": [r["mean_accuracy"] for r in rs],
+            "small": [r["accuracy"][-1] for r in rs],
+            "large": [r["accuracy"][0] for r in rs],
+            "ensemble": [r["ensemble_accuracy"] for r in rs],
+        }
+        omega = " ".join(f"{fmean(r['importance'][i] for r in rs):.2f}" for i in range(len(rs[0]["importance"])))
+        c = rs[0]["settings"]["changes"]
+        made.append([
+            variant, arm, *(pm(v, 2, 100) for v in points.values()), pm([r["ensemble_nll"] for r in rs], 3), omega,
+            f"{rs[0]['trained_params']:,}", f"{fmean(r['seconds'] for r in rs):.0f}",
+            f"{c.get('alpha', '')} {c.get('ramp', '')}".strip() or "–",
+        ])  # fmt: skip
+    return made
+
+
+COLUMNS = [
+    "variant", "arm", "mean peer %", "smallest (poisoned) %", "largest %", "ensemble %", "ensemble NLL", "weights",
+    "trained parameters", "seconds", "tuned α, ramp",
+]  # fmt: skip
+
+
+def claims(results: Results) -> list[dict[str, Any]]:
+    """Claims 1–3 of wml.md and of online-baselines.md as measured, holding or not; what was not run is left out."""
+    found: list[dict[str, Any]] = []
+
+    def get(variant: str, arm: str, key: str) -> list[float]:
+        return [r[key] for r in results[variant, arm]]
+
+    def claim(text: str, needs: Sequence[tuple[str, str]], values: Any, holds: Any) -> None:
+        if all(n in results for n in needs):
+            v = values()
+            found.append({"claim": text, "holds": bool(holds(v)), "value": fmean(v), "each": list(map(float, v))})
+
+    def minus(variant: str, a: str, b: str, key: str, scale: float = 1.0) -> Any:
+        return lambda: [scale * (x - y) for x, y in zip(get(variant, a, key), get(variant, b, key), strict=True)]
+
+    for v in VARIANTS:
+        pair = [(v, "uniform"), (v, "wml")]
+        bound = 0.0 if v == "poison" else 0.01
+        claim(f"wml 1/2 ({v}): ensemble NLL, uniform − WML > {bound}", pair, minus(v, "uniform", "wml", "ensemble_nll"),
+              lambda d, bound=bound: fmean(d) > bound)  # fmt: skip
+        points = minus(v, "wml", "uniform", "mean_accuracy", 100)
+        claim(f"wml 3 ({v}): mean peer accuracy, WML − uniform ≥ −0.2 points", pair, points, lambda d: fmean(d) >= -0.2)
+        arms = [a for a in MUTUAL if (v, a) in results]
+        claim(f"baselines 1 ({v}): mean peer NLL − ensemble NLL ≥ 0 in each of {', '.join(arms)}", [(v, arms[0])] * bool(arms),
+              lambda v=v, arms=arms: [fmean(minus(v, a, "mean_nll", "ensemble_nll")) for a in arms],
+              lambda d: min(d) >= 0)  # fmt: skip
+    for arm in ("wml", "kdcl-general"):
+        name, number = ("wml 2", 1) if arm == "wml" else ("baselines 3", 2)
+        bad = [("poison", arm)]
+        claim(f"{name}: {arm}'s weight of the poisoned peer < 0.5/M on every seed", bad,
+              lambda arm=arm: [r["importance"][-1] for r in results["poison", arm]], lambda w: max(w) < 0.125)  # fmt: skip
+        claim(f"{name}: … and least of all on every seed (margin)", bad,
+              lambda arm=arm: [min(r["importance"][:-1]) - r["importance"][-1] for r in results["poison", arm]],
+              lambda w: min(w) > 0)  # fmt: skip
+    right = lambda: [  # noqa: E731
+        float(max(range(len(w)), key=w.__getitem__) == min(range(len(e)), key=e.__getitem__))
+        for w, e in ((r["importance"], r["held_out_error"]) for r in results["clean", "kdcl-general"])
+    ]
+    claim("baselines 2: kdcl-general weighs the peer of least held-out error highest (part of seeds)",
+          [("clean", "kdcl-general")], right, lambda w: fmean(w) == 1)  # fmt: skip
+    return found
+
+
+def report(data: str, results: Results, args: argparse.Namespace) -> str:
+    held = claims(results)
+    note = f"{args.jobs} job(s) at a time on {args.device}; mean ± standard deviation over seeds; equal optimiser steps"
+    lines = [f"### {data}", "", table(COLUMNS, rows(results)), "", note, ""]
+    lines += [table(["claim", "holds", "mean", "each seed"], [
+        [c["claim"], "yes" if c["holds"] else "**no**", f"{c['value']:.4f}", ", ".join(f"{e:.4f}" for e in c["each"])]
+        for c in held])]  # fmt: skip
+    text = "\n".join(lines)
+    flat = [{"variant": v, "arm": a, "results": rs} for (v, a), rs in results.items()]
+    write(Path(args.out) / data / "report.json", {"results": flat, "claims": held})
+    (Path(args.out) / data / "report.md").write_text(text + "\n")
+    return text
+
+
+def setting(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=SETTINGS, default=["digits"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: 5 for digits, else 3)")
+    parser.add_argument("--steps", type=int, help="optimiser steps of every arm (default: by data set)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--tune", action="store_true", help="first choose α and its ramp per arm, with seed 100")
+    parser.add_argument("--share", choices=("tree", "none"), help="what peers share (one needs tree)")
+    parser.add_argument("--set", nargs="*", type=setting, default=[], metavar="KEY=VALUE", help="Config fields, all arms")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", default="runs/online")
+    parser.add_argument("--quick", action="store_true", help="tiny: digits, 2 seeds, 40 steps")
+    args = parser.parse_args()
+    args.set = dict(args.set) | ({"share": args.share} if args.share else {})
+    if args.share == "none":
+        args.arms = [a for a in args.arms if a != "one"]
+    if args.quick:
+        args.seeds, args.steps = args.seeds or 2, args.steps or 40
+    for data in args.data:
+        tuned: dict[str, dict[str, dict[str, float]]] = {}
+        if args.tune:
+            tuned = {v: tune(data, v, args) for v in args.variants if v != "poison"}
+            tuned["poison"] = tuned.get("clean", {})
+        steps, seeds = args.steps or SETTINGS[data].steps, range(args.seeds or SETTINGS[data].seeds)
+        tasks = [
+            Task(data, v, arm, seed, steps, {**args.set, **tuned.get(v, {}).get(arm, {})})
+            for v in args.variants
+            for arm in args.arms
+            for seed in seeds
+        ]
+        results: Results = {}
+        for task, result in zip(tasks, run_all(tasks, args), strict=True):
+            results.setdefault((task.variant, task.arm), []).append(result)
+        print("\n" + report(data, results, args) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

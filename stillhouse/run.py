@@ -1,0 +1,146 @@
+"""Run: a folder, a seed and a device; where stages are trained, remembered and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stillhouse.errors import UserError
+from stillhouse.files import inside, read_json, write_json
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Run:
+    """A folder, a seed and a device: where stages are trained, remembered and resumed.
+
+    Args:
+        folder: where checkpoints, logs and results go; made when missing.
+        seed: everything random is a function of it.
+        device: "auto" (GPU when there is one), "cpu", "cuda", "mps".
+        precision: "fp32", or autocast to "bf16" / "fp16" (with loss scaling).
+        compile: pass the System's modules through ``torch.compile``.
+        channels_last: keep image weights and inputs in channels-last memory order.
+        micro_batch: largest number of samples in one forward pass; a step stays one global batch.
+        workers: threads that prepare batches ahead, for data that is read from files.
+        checkpoint_every: steps between checkpoints; None saves once a minute. Never changes the result.
+        log_every: steps between rows of the log.
+        track: names of trackers for Accelerate ("tensorboard", "wandb", …).
+        quiet: print nothing.
+
+    Example:
+        >>> import tempfile
+        >>> Run(tempfile.mkdtemp(), seed=1).seed
+        1
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        seed: int = 0,
+        device: str = "auto",
+        precision: Precision = "fp32",
+        compile: bool = False,
+        channels_last: bool = False,
+        micro_batch: int | None = None,
+        workers: int = 0,
+        checkpoint_every: int | None = None,
+        log_every: int = 10,
+        track: Sequence[str] = (),
+        quiet: bool = False,
+    ):
+        if precision not in ("fp32", *DTYPES):
+            raise UserError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
+        if micro_batch is not None and micro_batch < 1:
+            raise UserError(f"micro_batch must be at least 1, got {micro_batch}")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.seed, self.precision, self.compile = seed, precision, compile
+        self.channels_last, self.micro_batch, self.workers = channels_last, micro_batch, workers
+        self.checkpoint_every, self.log_every, self.quiet = checkpoint_every, log_every, quiet
+        self.track = tuple(track)
+        self.accelerator = _accelerator(device, self.track, self.folder)
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def child(self, name: str, *, seed: int | None = None, quiet: bool = False) -> Run:
+        """A run in a subfolder with the same settings: one arm of a comparison, one seed of several."""
+        other = object.__new__(Run)
+        other.__dict__.update(self.__dict__)
+        other.folder = inside(self.folder / "arms", name)
+        other.folder.mkdir(parents=True, exist_ok=True)
+        other.seed = self.seed if seed is None else seed
+        other.quiet = self.quiet or quiet
+        return other
+
+    def stage(self, name: str) -> Path:
+        return inside(self.folder / "stages", name)
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        """The rows logged by stage `name`: ``{"step": …, "epoch": …, "label": …, …}``, oldest first."""
+        path = self.stage(name) / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def memo(self, name: str, make: Callable[[], Any]) -> Any:
+        """A JSON value that is made once and read back when the run is resumed."""
+        path = inside(self.folder, f"{name}.json")
+        if path.exists():
+            return read_json(path)
+        value = make()
+        if self.main:
+            write_json(path, value)
+        return json.loads(json.dumps(value))
+
+    def all_mean(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+        """Mean over processes of each tensor, weighted by each process's sample count."""
+        if self.world == 1:
+            return list(tensors)
+        dtype = torch.promote_types(torch.float32, tensors[0].dtype)
+        flat = torch.cat([t.detach().reshape(-1).to(dtype) for t in tensors])
+        flat = torch.cat([flat * count, flat.new_tensor([count])])
+        torch.distributed.all_reduce(flat)
+        flat = flat[:-1] / flat[-1]
+        return [
+            part.view_as(t).to(t.dtype)
+            for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Ends the trackers and, with several processes, the process group."""
+        if self.track:
+            self.accelerator.end_training()
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
+
+
+def _accelerator(device: str, track: Sequence[str], folder: Path) -> Any:
+    from accelerate import Accelerator
+
+    if device not in ("auto", "cpu") and not device.startswith(("cuda", "mps", "xpu")):
+        raise UserError(f"device must be auto, cpu, cuda or mps, got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
+    try:
+        made = Accelerator(cpu=device == "cpu", log_with=list(track) or None, project_dir=str(folder / "track"))
+    except ValueError as error:
+        raise UserError(f"--track {' '.join(track)}: {error}") from None
+    if track:
+        made.init_trackers("stillhouse")
+    return made
