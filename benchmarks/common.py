@@ -48,4 +48,3 @@ def pm(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
     x = [scale * v for v in values]
     mean = statistics.fmean(x)
     return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(x):.{digits}f}" if len(x) > 1 else "")
-

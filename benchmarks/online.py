@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from common import pm, read, remember, table, write
+from common import read, remember, write
+from online_report import ALONE, Results, claims, text
 
 import torch  # isort: skip
 
 from stillhouse.data import Data, Relabelled, load, split
 from stillhouse.engine import Run
-from stillhouse.evaluate import classification
+from stillhouse.evaluate import classification, environment
 from stillhouse.models import ModelSpec
 from stillhouse.recipes.wml.experiment import PRESET, poison
 from stillhouse.recipes.wml.recipe import Config, distill, part_data
@@ -45,7 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "wml+merge": {"rule": "wml", "merge": 0.2},  # the last fifth of the steps with the held-out part merged in
 }
 VARIANTS = ("clean", "poison", "noise")
-MUTUAL = [a for a in ARMS if a not in ("separate", "independent")]
+MUTUAL = [a for a in ARMS if a not in ALONE]
 GRID = [(a, r) for a in (0.25, 0.5, 0.75) for r in (0.0, 0.3)]
 TUNE_SEED = 100
 
@@ -120,9 +120,7 @@ def configure(task: Task, data: Data) -> Config:
     def epochs(steps: int, samples: int) -> float:
         return steps / (samples // min(cfg.batch, samples))
 
-    return replace(
-        cfg, epochs=epochs(task.steps - merged, len(train)), merge_epochs=epochs(merged, len(data.train))
-    )
+    return replace(cfg, epochs=epochs(task.steps - merged, len(train)), merge_epochs=epochs(merged, len(data.train)))
 
 
 def work(task: Task, out: str, device: str) -> dict[str, Any]:
@@ -148,25 +146,24 @@ def work(task: Task, out: str, device: str) -> dict[str, Any]:
     return remember(folder / "result.json", settings, make)
 
 
-def run_all(tasks: Sequence[Task], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Results in the order of the tasks, `jobs` at a time, each in a fresh process when there are several."""
-    if args.jobs == 1:
-        results = []
-        for i, task in enumerate(tasks):
-            results.append(work(task, args.out, args.device))
-            said(i, tasks, results[-1])
-        return results
+def run_all(tasks: Sequence[Task], args: argparse.Namespace) -> list[dict[str, Any] | None]:
+    """Results in the order of the tasks, `jobs` at a time; None for one that failed, which stops nobody else."""
+    results: list[dict[str, Any] | None] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=8) as pool:
-        futures = [pool.submit(work, task, args.out, args.device) for task in tasks]
-        results = []
-        for i, future in enumerate(futures):
-            results.append(future.result())
-            said(i, tasks, results[-1])
+        for i, future in enumerate([pool.submit(work, task, args.out, args.device) for task in tasks]):
+            try:
+                results.append(future.result())
+            except Exception as error:
+                results.append(None)
+                args.failed.append(tasks[i])
+                print(f"[{i + 1}/{len(tasks)}] FAILED {tasks[i]}: {type(error).__name__}: {error}", flush=True)
+            else:
+                said(i, tasks, results[-1])
     return results
 
 
-def said(i: int, tasks: Sequence[Task], r: dict[str, Any]) -> None:
+def said(i: int, tasks: Sequence[Task], r: Any) -> None:
     t = tasks[i]
     numbers = f"mean peer {100 * r['mean_accuracy']:.2f} %, ensemble {100 * r['ensemble_accuracy']:.2f} %"
     what = f"{t.data} {t.variant} {t.arm} seed {t.seed} {t.changes or ''}"
@@ -186,102 +183,30 @@ def tune(data: str, variant: str, args: argparse.Namespace) -> dict[str, dict[st
     scores: dict[str, list[tuple[float, dict[str, float]]]] = {arm: [] for arm in arms}
     for task, result in zip(tasks, run_all(tasks, args), strict=True):
         choice = {k: task.changes[k] for k in ("alpha", "ramp")}
-        scores[task.arm].append((result["mean_accuracy"], choice))
-    chosen = {arm: max(s, key=lambda pair: pair[0])[1] for arm, s in scores.items()}
+        if result is not None:
+            scores[task.arm].append((result["mean_accuracy"], choice))
+    chosen = {arm: max(s, key=lambda pair: pair[0])[1] for arm, s in scores.items() if s}
     chosen = {**(read(path) or {}).get("chosen", {}), **chosen}
     write(path, {"chosen": chosen, "scores": scores})
     return chosen
 
 
-# -- reading the results ---------------------------------------------------------------------------------------
-
-Results = dict[tuple[str, str], list[dict[str, Any]]]  # (variant, arm) -> one result per seed
-
-
-def rows(results: Results) -> list[list[str]]:
-    made = []
-    for (variant, arm), rs in results.items():
-        points = {
-            "mean": [r["mean_accuracy"] for r in rs],
-            "small": [r["accuracy"][-1] for r in rs],
-            "large": [r["accuracy"][0] for r in rs],
-            "ensemble": [r["ensemble_accuracy"] for r in rs],
-        }
-        omega = " ".join(f"{fmean(r['importance'][i] for r in rs):.2f}" for i in range(len(rs[0]["importance"])))
-        c = rs[0]["settings"]["changes"]
-        made.append([
-            variant, arm, *(pm(v, 2, 100) for v in points.values()), pm([r["ensemble_nll"] for r in rs], 3), omega,
-            f"{rs[0]['trained_params']:,}", f"{fmean(r['seconds'] for r in rs):.0f}",
-            f"{c.get('alpha', '')} {c.get('ramp', '')}".strip() or "–",
-        ])  # fmt: skip
+def report(data: str, results: Results, args: argparse.Namespace) -> str:
+    """Writes OUT/DATA/report.{json,md}; gives the Markdown."""
+    held, folder = claims(results), Path(args.out) / data
+    note = (
+        f"Mean ± standard deviation over seeds; equal optimiser steps and batches; {args.jobs} run(s) at a time, "
+        f"device {args.device}. Peers share a trunk (tree) except in `separate`."
+    )
+    flat = [{"variant": v, "arm": a, "results": rs} for (v, a), rs in results.items()]
+    write(folder / "report.json", {"environment": environment(), "results": flat, "claims": held})
+    made = text(data, results, held, note)
+    (folder / "report.md").write_text(made + "\n")
     return made
 
 
-COLUMNS = [
-    "variant", "arm", "mean peer %", "smallest (poisoned) %", "largest %", "ensemble %", "ensemble NLL", "weights",
-    "trained parameters", "seconds", "tuned α, ramp",
-]  # fmt: skip
-
-
-def claims(results: Results) -> list[dict[str, Any]]:
-    """Claims 1–3 of wml.md and of online-baselines.md as measured, holding or not; what was not run is left out."""
-    found: list[dict[str, Any]] = []
-
-    def get(variant: str, arm: str, key: str) -> list[float]:
-        return [r[key] for r in results[variant, arm]]
-
-    def claim(text: str, needs: Sequence[tuple[str, str]], values: Any, holds: Any) -> None:
-        if all(n in results for n in needs):
-            v = values()
-            found.append({"claim": text, "holds": bool(holds(v)), "value": fmean(v), "each": list(map(float, v))})
-
-    def minus(variant: str, a: str, b: str, key: str, scale: float = 1.0) -> Any:
-        return lambda: [scale * (x - y) for x, y in zip(get(variant, a, key), get(variant, b, key), strict=True)]
-
-    for v in VARIANTS:
-        pair = [(v, "uniform"), (v, "wml")]
-        bound = 0.0 if v == "poison" else 0.01
-        claim(f"wml 1/2 ({v}): ensemble NLL, uniform − WML > {bound}", pair, minus(v, "uniform", "wml", "ensemble_nll"),
-              lambda d, bound=bound: fmean(d) > bound)  # fmt: skip
-        points = minus(v, "wml", "uniform", "mean_accuracy", 100)
-        claim(f"wml 3 ({v}): mean peer accuracy, WML − uniform ≥ −0.2 points", pair, points, lambda d: fmean(d) >= -0.2)
-        arms = [a for a in MUTUAL if (v, a) in results]
-        claim(f"baselines 1 ({v}): mean peer NLL − ensemble NLL ≥ 0 in each of {', '.join(arms)}", [(v, arms[0])] * bool(arms),
-              lambda v=v, arms=arms: [fmean(minus(v, a, "mean_nll", "ensemble_nll")) for a in arms],
-              lambda d: min(d) >= 0)  # fmt: skip
-    for arm in ("wml", "kdcl-general"):
-        name, number = ("wml 2", 1) if arm == "wml" else ("baselines 3", 2)
-        bad = [("poison", arm)]
-        claim(f"{name}: {arm}'s weight of the poisoned peer < 0.5/M on every seed", bad,
-              lambda arm=arm: [r["importance"][-1] for r in results["poison", arm]], lambda w: max(w) < 0.125)  # fmt: skip
-        claim(f"{name}: … and least of all on every seed (margin)", bad,
-              lambda arm=arm: [min(r["importance"][:-1]) - r["importance"][-1] for r in results["poison", arm]],
-              lambda w: min(w) > 0)  # fmt: skip
-    right = lambda: [  # noqa: E731
-        float(max(range(len(w)), key=w.__getitem__) == min(range(len(e)), key=e.__getitem__))
-        for w, e in ((r["importance"], r["held_out_error"]) for r in results["clean", "kdcl-general"])
-    ]
-    claim("baselines 2: kdcl-general weighs the peer of least held-out error highest (part of seeds)",
-          [("clean", "kdcl-general")], right, lambda w: fmean(w) == 1)  # fmt: skip
-    return found
-
-
-def report(data: str, results: Results, args: argparse.Namespace) -> str:
-    held = claims(results)
-    note = f"{args.jobs} job(s) at a time on {args.device}; mean ± standard deviation over seeds; equal optimiser steps"
-    lines = [f"### {data}", "", table(COLUMNS, rows(results)), "", note, ""]
-    lines += [table(["claim", "holds", "mean", "each seed"], [
-        [c["claim"], "yes" if c["holds"] else "**no**", f"{c['value']:.4f}", ", ".join(f"{e:.4f}" for e in c["each"])]
-        for c in held])]  # fmt: skip
-    text = "\n".join(lines)
-    flat = [{"variant": v, "arm": a, "results": rs} for (v, a), rs in results.items()]
-    write(Path(args.out) / data / "report.json", {"results": flat, "claims": held})
-    (Path(args.out) / data / "report.md").write_text(text + "\n")
-    return text
-
-
-def setting(text: str) -> tuple[str, Any]:
-    key, _, value = text.partition("=")
+def setting(pair: str) -> tuple[str, Any]:
+    key, _, value = pair.partition("=")
     try:
         return key, json.loads(value)
     except ValueError:
@@ -298,11 +223,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--tune", action="store_true", help="first choose α and its ramp per arm, with seed 100")
     parser.add_argument("--share", choices=("tree", "none"), help="what peers share (one needs tree)")
-    parser.add_argument("--set", nargs="*", type=setting, default=[], metavar="KEY=VALUE", help="Config fields, all arms")
+    parser.add_argument(
+        "--set", nargs="*", type=setting, default=[], metavar="KEY=VALUE", help="Config fields, all arms"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="runs/online")
     parser.add_argument("--quick", action="store_true", help="tiny: digits, 2 seeds, 40 steps")
     args = parser.parse_args()
+    args.failed = []
     args.set = dict(args.set) | ({"share": args.share} if args.share else {})
     if args.share == "none":
         args.arms = [a for a in args.arms if a != "one"]
@@ -322,8 +250,12 @@ def main() -> None:
         ]
         results: Results = {}
         for task, result in zip(tasks, run_all(tasks, args), strict=True):
-            results.setdefault((task.variant, task.arm), []).append(result)
-        print("\n" + report(data, results, args) + "\n", flush=True)
+            if result is not None:
+                results.setdefault((task.variant, task.arm), []).append(result)
+        if results:
+            print("\n" + report(data, results, args) + "\n", flush=True)
+    if args.failed:
+        raise SystemExit(f"{len(args.failed)} run(s) failed; start again to repeat only these")
 
 
 if __name__ == "__main__":

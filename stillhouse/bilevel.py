@@ -57,8 +57,9 @@ def one_step(
         dL2/dω_i = ∂L2/∂ω_i − γ ⟨∂L2/∂θ, S ∂L_i/∂θ⟩                                    (WML, eq. 4)
 
     where ∂L2 is taken at θ' (``at="after"``: the exact total derivative of the one-step problem) or at θ
-    (``at="before"``: no extra step, a first-order approximation). With ``neumann=K`` the last factor becomes
-    Σ_{k≤K} (I − γ S H)^k applied to ∂L2/∂θ, H the Hessian of the inner loss (truncated implicit function theorem).
+    (``at="before"``: no extra step, a first-order approximation). With ``neumann=K`` the vector ∂L2/∂θ is
+    replaced by Σ_{k≤K} (I − γ H S)^k ∂L2/∂θ, H the Hessian of the inner loss with its teachers held still (truncated
+    implicit function theorem).
 
     Args:
         predict: parameters → whatever `terms` needs (logits on the training batch).
@@ -69,7 +70,7 @@ def one_step(
         weights: ω, shape (m,); not changed.
         lr: γ, the inner step size.
         mode: how the m inner products are taken: ``grad`` m backward passes, ``jvp`` one forward-mode pass,
-            ``fd`` central differences along v with ε = 1e-2/‖v‖ (two forward passes).
+            ``fd`` central differences along v with ε = 1e-2/‖v‖, 1e-5/‖v‖ in float64 (two forward passes).
         scale: S, a factor per parameter name where the optimiser scales gradients (a shared trunk); 1 elsewhere.
         neumann: K, number of further terms; each costs one Hessian-vector product.
         all_mean: averages a list of tensors over processes; with it every process gets the joint derivative.
@@ -91,7 +92,7 @@ def one_step(
     names, scale = list(theta), dict(scale or {})
     factors = [scale.get(k, 1.0) for k in names]
 
-    with _eager():
+    with _plain(next(iter(theta.values())).device.type):
         if at == "after":
             inner = _leaves(theta)
             out = predict(inner)
@@ -137,7 +138,8 @@ def _inner_products(predict: Any, terms: Any, theta: Params, v: Params, mode: Mo
             norm = torch.sqrt(sum((g.double() ** 2).sum() for g in v.values()))  # type: ignore[arg-type]
             if not norm > 0:
                 return torch.zeros_like(terms(*[predict(theta)] * 2))
-            eps = float(1e-2 / norm)
+            double = all(p.dtype == torch.float64 for p in theta.values())
+            eps = float((1e-5 if double else 1e-2) / norm)
             fixed = predict(theta)
             ahead = terms(predict({k: p + eps * v[k] for k, p in theta.items()}), fixed)
             behind = terms(predict({k: p - eps * v[k] for k, p in theta.items()}), fixed)
@@ -188,10 +190,14 @@ def _grads(value: Tensor, inputs: list[Tensor], keep: bool = False) -> list[Tens
 
 
 @contextlib.contextmanager
-def _eager() -> Iterator[None]:
-    """Compiled modules fall back to eager inside: compilation does not support forward mode."""
+def _plain(device: str) -> Iterator[None]:
+    """Eager and in the parameters' own precision: neither compiled modules nor autocast support forward mode.
+
+    Half precision would also be too coarse for differences and inner products of small gradients.
+    """
     compiled = "torch._dynamo" in sys.modules  # importing it costs seconds, and nothing is compiled without it
-    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with eager, torch.autocast(device, enabled=False):
         yield
 
 

@@ -43,7 +43,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         # Copies, because tensors that share memory cannot be stored side by side.
         copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-        header = {"version": str(VERSION), "crc32": str(checksum(copies)), "facts": json.dumps(facts)}
+        header = {"version": str(VERSION), "facts": json.dumps(facts)}
+        header["crc32"] = str(checksum(copies, header["version"] + header["facts"]))
         try:
             with open(self.log, "a") as log:
                 log.writelines(json.dumps(row) + "\n" for row in rows)
@@ -93,8 +94,10 @@ class Checkpoints:
                 header = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
             if int(header["version"]) > VERSION:
-                raise UserError(f"{path} was written by a newer Stillhouse (format {header['version']})")
-            if int(header["crc32"]) != checksum(tensors):
+                raise UserError(
+                    f"{path} was written by a newer Stillhouse (format {header['version']}); pip install -U stillhouse"
+                )
+            if int(header["crc32"]) != checksum(tensors, header["version"] + header["facts"]):
                 raise ValueError("its checksum does not match")
             return tensors, json.loads(header["facts"])
         except UserError:
@@ -134,11 +137,11 @@ class Checkpoints:
         return "there is no checkpoint yet"
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 over names and bytes: catches flipped bits, which the file format itself does not."""
-    crc = 0
+def checksum(tensors: Mapping[str, Tensor], text: str = "") -> int:
+    """CRC-32 over a text and names, kinds and bytes: catches flipped bits, which the file format itself does not."""
+    crc = zlib.crc32(text.encode())
     for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode(), crc)
         flat = tensors[name].contiguous().reshape(-1)
         crc = zlib.crc32(flat.view(torch.uint8).numpy().data, crc) if flat.numel() else crc
     return crc

@@ -125,19 +125,21 @@ class Family:
         """
         example = torch.zeros(1, *self.shape)
         base_params, base_macs = count_params(self.base), count_macs(self.base, example)
-        base_ms = latency(self.base, example).median_ms
+        speeds = [latency(m.model, example) for m in self.members]
+        # A member that kept everything IS the base: one timing of it, not two that differ by noise.
+        whole = [s for m, s in zip(self.members, speeds, strict=True) if not m.plan.edits]
+        base_ms = (whole[0] if whole else latency(self.base, example)).median_ms
         z, y = self.logits(data.test, device)
         extra = {name: self.logits(part, device) for name, part in data.extra.items()}
         rows = []
         for i, m in enumerate(self.members):
-            speed = latency(m.model, example)
+            speed = speeds[i]
             params, macs = count_params(m.model), count_macs(m.model, example)
             path = Path(folder) / "students" / m.name
             metrics = {k: v for k, v in classification(z[i], y).items() if k in ("accuracy", "nll", "ece")}
             metrics.update(
                 bytes=(path / "model.safetensors").stat().st_size,
                 compression=base_params / params,
-                macs_ratio=base_macs / macs,
                 speedup=base_ms / speed.median_ms,
                 importance=m.importance,
                 latency_p10=speed.p10_ms,
@@ -163,18 +165,15 @@ class Family:
 
 
 def names_of(ratios: Sequence[float]) -> list[str]:
-    """Folder names of members by the share of the budget they gave up: p00, p30, p50; repeated ones get a letter.
+    """Folder names of members by the per cent of the budget they gave up: p00, p30, p50; repeats get a letter.
 
     Example:
-        >>> names_of([0, 0.3, 0.3])
-        ['p00', 'p30', 'p30b']
+        >>> names_of([0, 0.3, 0.3, 0.875])
+        ['p00', 'p30', 'p30b', 'p88']
     """
-    found: list[str] = []
-    for r in ratios:
-        name = f"p{100 * r:04.1f}".removesuffix(".0").replace(".", "_")
-        repeats = sum(n.rstrip("bcdefghijklmnopqrstuvwxyz") == name for n in found)
-        found.append(name + ("" if not repeats else chr(ord("a") + repeats)))
-    return found
+    stems = [f"p{round(100 * r):02d}" for r in ratios]
+    repeats = [stems[:i].count(stem) for i, stem in enumerate(stems)]
+    return [stem + ("" if k == 0 else chr(ord("a") + k) if k < 26 else f"_{k}") for stem, k in zip(stems, repeats)]
 
 
 def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:

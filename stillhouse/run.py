@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stillhouse.errors import UserError
-from stillhouse.files import inside, read_json, write_json
+from stillhouse.errors import UserError, need
+from stillhouse.files import inside, read_json, strict, write_json
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,10 +58,15 @@ class Run:
     ):
         if precision not in ("fp32", *DTYPES):
             raise UserError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
-        if micro_batch is not None and micro_batch < 1:
-            raise UserError(f"micro_batch must be at least 1, got {micro_batch}")
+        at_least = {"micro_batch": (micro_batch, 1), "checkpoint_every": (checkpoint_every, 1)}
+        for name, (value, least) in {**at_least, "log_every": (log_every, 1), "workers": (workers, 0)}.items():
+            if value is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run folder {folder} cannot be made: {error.strerror}") from None
         self.seed, self.precision, self.compile = seed, precision, compile
         self.channels_last, self.micro_batch, self.workers = channels_last, micro_batch, workers
         self.checkpoint_every, self.log_every, self.quiet = checkpoint_every, log_every, quiet
@@ -99,10 +104,10 @@ class Run:
         path = inside(self.folder, f"{name}.json")
         if path.exists():
             return read_json(path)
-        value = make()
+        value = json.loads(json.dumps(strict(make())))  # as it will be read back
         if self.main:
             write_json(path, value)
-        return json.loads(json.dumps(value))
+        return value
 
     def all_mean(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
         """Mean over processes of each tensor, weighted by each process's sample count."""
@@ -143,4 +148,8 @@ def _accelerator(device: str, track: Sequence[str], folder: Path) -> Any:
         raise UserError(f"--track {' '.join(track)}: {error}") from None
     if track:
         made.init_trackers("stillhouse")
+        for name in set(track) - {"all"} - {t.name for t in made.trackers}:  # Accelerate passes these over in silence
+            raise (
+                need("track", name) if name == "tensorboard" else UserError(f"{name} is not installed; pip install it")
+            )
     return made

@@ -20,6 +20,7 @@ from stillhouse.errors import UserError
 from stillhouse.evaluate import logits_of
 from stillhouse.students.norms import frozen_statistics
 from stillhouse.students.plan import Plan, bare_copy, take
+from stillhouse.system import fold
 from stillhouse.taps import tap
 
 
@@ -177,9 +178,8 @@ class Tree(PeerSet):
         users = {path: [i for i, t in enumerate(self.trunks) if path in t] for path in chain}
         if any(t != chain[: len(t)] for t in self.trunks):
             raise UserError("the peers' trunks must be beginnings of one another")
-        self.trunk = nn.ModuleDict(
-            {_key(path): copy.deepcopy(base.get_submodule(path)) for path in chain if len(users[path]) > 1}
-        )
+        shared = [path for path in chain if len(users[path]) > 1 or len(plans) == 1]
+        self.trunk = nn.ModuleDict({_key(path): copy.deepcopy(base.get_submodule(path)) for path in shared})
         for i, plan in enumerate(plans):
             body = plan.build(base)
             if fresh:
@@ -188,14 +188,27 @@ class Tree(PeerSet):
                 if _key(path) in self.trunk:
                     body.set_submodule(path, Reuse(path, self.trunk[_key(path)], self.memo))
             self.bodies.append(body)
-        self.silent = self._find_silent(example)
-        for i, names in self.silent.items():
-            for name in names:
-                self.bodies[i].get_parameter(name).requires_grad_(False)
+        self._loans: list[list[tuple[nn.Module, str, nn.Module]]] = [[] for _ in plans]
+        self.borrowed = self._find_silent(example)
+        for i, names in self.borrowed.items():
+            for name, j in names.items():
+                path, _, leaf = name.rpartition(".")
+                module, owner = (self.bodies[k].get_submodule(path) for k in (i, j))
+                del module._parameters[leaf]
+                self._loans[i].append((module, leaf, owner))
         self._check(example)
 
     def begin(self) -> None:
         self.memo.clear()
+
+    def peer(self, i: int, x: Tensor) -> Any:
+        try:
+            for module, leaf, owner in self._loans[i]:
+                module.__dict__[leaf] = getattr(owner, leaf)
+            return self.bodies[i](x)
+        finally:
+            for module, leaf, _ in self._loans[i]:
+                module.__dict__.pop(leaf, None)
 
     def forward(self, x: Tensor, only: Sequence[int] | None = None) -> Tensor:
         z = super().forward(x, only)
@@ -216,43 +229,56 @@ class Tree(PeerSet):
             if _key(path) in self.trunk:
                 unit = self.trunk[_key(path)].state_dict()
                 state.update({f"{path}.{k}": v for k, v in unit.items()})
-        for name in self.silent.get(i, ()):
-            state[name] = self.tensors(self._source(i))[name]
+        for name, j in self.borrowed.get(i, {}).items():
+            state[name] = self.bodies[j].get_parameter(name)
         return state
 
     def users(self) -> dict[str, int]:
         count = {_key(p): sum(p in t for t in self.trunks) for p in max(self.trunks, key=len)}
-        return {k: count[k.split(".")[1]] for k in self.trained() if k.startswith("trunk.")}
+        found = {k: count[k.split(".")[1]] for k in self.trained() if k.startswith("trunk.")}
+        for names in self.borrowed.values():
+            for name, j in names.items():
+                key = f"bodies.{j}.{name}"
+                found[key] = found.get(key, 1) + 1
+        return found
 
-    def _source(self, i: int) -> int:
-        """The peer that computes peer i's deepest trunk unit, and so uses the parameters peer i leaves silent."""
-        return next(j for j, t in enumerate(self.trunks) if len(t) >= len(self.trunks[i]))
+    def _find_silent(self, example: Tensor) -> dict[int, dict[str, int]]:
+        """Parameters of peer i that lie before its boundary (position embeddings, say) and reach nothing.
 
-    def _find_silent(self, example: Tensor) -> dict[int, list[str]]:
-        """Parameters of later peers that lie before the boundary (position embeddings, say) and reach nothing."""
+        What lies between trunk units runs for every peer, but only the peer that first computes the next unit is
+        heard. The others borrow its parameters: ``{i: {name: that peer}}``.
+        """
         with frozen_statistics(self):
             total = self(example).float().square().sum()
-        named = [(i, k, p) for i, body in enumerate(self.bodies) for k, p in body.named_parameters()]
+        named = [(i, k, p) for i, body in enumerate(self.bodies) for k, p in body.named_parameters() if p.requires_grad]
         grads = torch.autograd.grad(total, [p for _, _, p in named], allow_unused=True)
-        found: dict[int, list[str]] = {}
+        heard: dict[str, list[int]] = {}
+        found: dict[int, dict[str, int]] = {}
         for (i, name, _), g in zip(named, grads, strict=True):
-            if g is None and i != self._source(i):
-                found.setdefault(i, []).append(name)
+            before = heard.setdefault(name, [])
+            if g is not None:
+                before.append(i)
+            elif before:  # of those heard before, the ones with shorter trunks use theirs behind their boundary
+                found.setdefault(i, {})[name] = max(before, key=lambda j: len(self.trunks[j]))
         return found
 
     def _check(self, example: Tensor) -> None:
-        was = self.training
-        self.eval()
+        """Every peer here must compute what it will compute alone, also after training has moved its weights."""
+        trial = copy.deepcopy(self).eval()
         with torch.no_grad():
-            together = self(example)
-            for i in range(len(self)):
-                alone = logits_of(self.student(i).to(example.device)(example))
-                if not torch.allclose(together[i], alone, rtol=1e-3, atol=1e-4):
+            for name, p in trial.named_parameters():
+                if p.is_floating_point():
+                    g = torch.Generator().manual_seed(fold("tree check", name))
+                    size = 0.1 * (float(p.abs().mean()) or 1.0)
+                    p.add_(size * torch.randn(p.shape, generator=g).to(p))
+            together = trial(example)
+            for i in range(len(trial)):
+                alone = logits_of(trial.student(i).to(example.device)(example))
+                if not torch.allclose(together[i], alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max())):
                     raise UserError(
                         f"peers cannot share up to {self.trunks[i][-1]!r}: the network does not run its parts in one "
                         "chain there; name an earlier --trunk, or use --share none or nested"
                     )
-        self.train(was)
 
 
 class Nested(PeerSet):

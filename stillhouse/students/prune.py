@@ -283,7 +283,6 @@ def _steps(
     for g, group in enumerate(groups):
         block = 1 if group.members[0].axis == "heads" else round_to
         least = max(1, group.size - int(layer_bound * group.size + 1e-9))
-        least = -(-least // block) * block
         gone = 0
         while True:
             units = (group.size - gone) % block or block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -135,7 +136,7 @@ def test_zoo_params_view_and_json(case: Case) -> None:
 
 def test_zoo_nested(case: Case) -> None:
     cuts = [removed(case.fit(r)[0], case.model) for r in (0.3, 0.5, 0.55, 0.7)]
-    assert all(a < b for a, b in zip(cuts, cuts[1:]))
+    assert all(a < b for a, b in itertools.pairwise(cuts))
 
 
 def test_zoo_leaves_stem_residual_stream_and_classifier_whole(case: Case) -> None:
@@ -146,6 +147,46 @@ def test_zoo_leaves_stem_residual_stream_and_classifier_whole(case: Case) -> Non
     assert last not in makers and "outputs of the model" in said[last]
     if "features.0" not in makers:  # VGG has no residual stream, so its first layer may go
         assert first not in makers and first in said
+
+
+def test_resnets_give_their_inner_convolutions() -> None:
+    for name, inner in (("tv:resnet18", ["conv1"]), ("tv:resnet50", ["conv1", "conv2"])):
+        net = make(name)
+        blocks = [n for n, m in net.named_modules() if hasattr(m, "conv2") and n]
+        groups, said = find_groups(net, torch.zeros(1, 3, 32, 32))
+        assert [g.name for g in groups] == [f"{b}.{c}" for b in blocks for c in inner]
+        assert sum("residual add" in s for s in said) >= len(blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [False, True])
+def test_heads(gated: bool) -> None:
+    from timm.layers import Attention
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    net = VisionTransformer(16, 4, embed_dim=24, depth=2, num_heads=6, num_classes=3, qkv_bias=True).eval()
+    if gated:
+        net.blocks[1].attn = Attention(24, 6, gated=True, qkv_bias=True)
+    x = torch.randn(2, 3, 16, 16)
+    groups, _ = find_groups(net, x[:1])
+    assert [(g.name, g.size) for g in groups] == [
+        ("blocks.0.attn", 6), ("blocks.0.mlp.fc1", 96), ("blocks.1.attn", 6), ("blocks.1.mlp.fc1", 96),
+    ]  # fmt: skip
+    scores = [torch.tensor([1.0, 6, 2, 5, 3, 4]) / 100 if g.size == 6 else torch.ones(96) for g in groups]
+    plan, budget = fit_budget(net, x[:1], groups, scores, 0.22, kappa=1.0)
+    kept = {e.module: e.index for e in plan.edits if e.axis == "heads"}
+    best, n = (1, 3, 5, 4, 2, 0), len(kept["blocks.0.attn"])
+    assert 1 < n < 6 and all(index == tuple(sorted(best[: len(index)])) for index in kept.values())
+    small = plan.build(net)
+    attn = small.blocks[0].attn
+    assert (attn.num_heads, attn.attn_dim, attn.qkv.out_features, attn.proj.in_features) == (n, 4 * n, 12 * n, 4 * n)
+    torch.testing.assert_close(small(x), zeroed(plan, net)(x), rtol=1e-5, atol=1e-5)
+    assert budget.reached == macs(small, x)
+    l1 = score_groups(net, groups, "l1")[0]
+    w = net.blocks[0].attn
+    rows, columns = w.qkv.weight.view(3, 6, 4, 24).abs(), w.proj.weight.view(24, 6, 4).abs()
+    torch.testing.assert_close(l1, (rows.sum((0, 2, 3)) + columns.sum((0, 2))).double(), rtol=1e-5, atol=1e-5)
 
 
 # ----------------------------------------------------------------- small nets, by hand
@@ -372,7 +413,7 @@ def test_bn_scores_and_their_refusal() -> None:
 
 def mlp(*widths: int) -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 

@@ -16,12 +16,12 @@ from stillhouse import weights
 from stillhouse.bilevel import Hypergradient, one_step
 from stillhouse.data import Samples
 from stillhouse.evaluate import predict
-from stillhouse.objectives.logits import cross_entropy
+from stillhouse.objectives.logits import cross_entropy, upcast
 from stillhouse.recipes.wml.config import Config
 from stillhouse.recipes.wml.rules import KDCL, Rule, Seen
 from stillhouse.students.norms import frozen_statistics
 from stillhouse.students.peers import PeerSet, Tree
-from stillhouse.system import Batch, Clock, Gradients, System, Terms, Update
+from stillhouse.system import Batch, Clock, Gradients, System, Terms, Update, fold
 from stillhouse.teachers import EMA
 
 
@@ -154,9 +154,13 @@ class Mutual(System):
         x, y = train["input"], self.see(self.omega, train, clock).y
         alpha = self.alpha(clock)
         buffers = dict(self.peers.named_buffers())
+        seed = fold(clock.seed, clock.stage, clock.step, clock.rank, "hypergradient")
 
         def logits(params: dict[str, Tensor], x: Tensor) -> Tensor:
-            return functional_call(self.peers, (params, buffers), (x,)).float()
+            # The same dropout in every pass, else differences between passes would measure it.
+            with torch.random.fork_rng([x.device] if x.is_cuda else []):
+                torch.manual_seed(seed)
+                return upcast(functional_call(self.peers, (params, buffers), (x,)))
 
         def terms(z: Tensor, fixed: Tensor) -> Tensor:
             label, teach = self.rule.per_peer(z, y, alpha, c.temperature, teacher=fixed)  # type: ignore[operator]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.objectives import ensembles
-from stillhouse.objectives.logits import cross_entropy, kl, mean_of_others, pairwise_kl, soft_cross_entropy
+from stillhouse.objectives.logits import cross_entropy, kl, mean_of_others, pairwise_kl, soft_cross_entropy, upcast
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,10 @@ class ONE(Rule):
         """Weights of the branches, (n, m); rows sum to one."""
         assert s.trunk is not None
         h = s.trunk.flatten(2).mean(-1) if s.trunk.dim() > 2 else s.trunk
-        return torch.softmax(self.gate(h.float()), -1)
+        return torch.softmax(self.gate(upcast(h)), -1)
 
     def forward(self, s: Seen) -> tuple[Tensor, Tensor]:
-        ensemble = torch.einsum("nm,mnc->nc", self.mix(s), s.z.float())
+        ensemble = torch.einsum("nm,mnc->nc", self.mix(s), upcast(s.z))
         y = s.y if s.y.dim() == 1 else s.y[0]
         label = s.ce.sum() + cross_entropy(ensemble, y).mean()
         return (1 - s.alpha) * label, s.alpha * s.learn_from(ensemble)
@@ -188,12 +188,12 @@ class OKDDip(Rule):
 
     def attention(self, features: list[Tensor]) -> Tensor:
         """a[n, i, j]: how much auxiliary peer i listens to j on sample n; rows sum to one."""
-        q = torch.stack([f(h.float()) for f, h in zip(self.query, features, strict=False)], 1)
-        k = torch.stack([f(h.float()) for f, h in zip(self.key, features, strict=False)], 1)
+        q = torch.stack([f(upcast(h)) for f, h in zip(self.query, features, strict=False)], 1)
+        k = torch.stack([f(upcast(h)) for f, h in zip(self.key, features, strict=False)], 1)
         return torch.softmax(q @ k.transpose(1, 2), -1)
 
     def forward(self, s: Seen) -> tuple[Tensor, Tensor]:
-        aux = s.z[:-1].float()
+        aux = upcast(s.z[:-1])
         targets = torch.einsum("nij,jnc->inc", self.attention(s.features), aux)
         every = torch.cat([targets, aux.mean(0, keepdim=True)])
         return (1 - s.alpha) * s.ce.sum(), s.alpha * s.learn_from(every, detach=False)

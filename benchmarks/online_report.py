@@ -1,0 +1,90 @@
+"""The table and the claims of benchmarks/online.py, from its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from common import pm, table
+
+Results = dict[tuple[str, str], list[dict[str, Any]]]  # (variant, arm) -> one result per seed
+COLUMNS = [
+    "variant", "arm", "mean peer %", "… minus independent", "smallest (poisoned) %", "largest %", "ensemble %",
+    "ensemble NLL", "weights", "trained parameters", "seconds", "tuned α, ramp",
+]  # fmt: skip
+ALONE = ("separate", "independent")
+
+
+def rows(results: Results) -> list[list[str]]:
+    """One row per variant and arm; differences are paired by seed."""
+    made = []
+    for (variant, arm), rs in results.items():
+        both = zip(rs, results.get((variant, "independent"), []), strict=False)
+        gains = [a["mean_accuracy"] - b["mean_accuracy"] for a, b in both]
+        points = [
+            [r["accuracy"][-1] for r in rs], [r["accuracy"][0] for r in rs], [r["ensemble_accuracy"] for r in rs],
+        ]  # fmt: skip
+        weights = [fmean(column) for column in zip(*(r["importance"] for r in rs), strict=True)]
+        tuned = rs[0]["settings"]["changes"]
+        made.append([
+            variant, arm, pm([r["mean_accuracy"] for r in rs], 2, 100), pm(gains, 2, 100) if gains else "–",
+            *(pm(v, 2, 100) for v in points), pm([r["ensemble_nll"] for r in rs], 3),
+            " ".join(f"{w:.2f}" for w in weights), f"{rs[0]['trained_params']:,}",
+            f"{fmean(r['seconds'] for r in rs):.0f}", f"{tuned['alpha']}, {tuned['ramp']}" if "ramp" in tuned else "–",
+        ])  # fmt: skip
+    return made
+
+
+def claims(results: Results) -> list[dict[str, Any]]:
+    """Claims 1–3 of wml.md and of online-baselines.md as measured, holding or not; what was not run is left out."""
+    found: list[dict[str, Any]] = []
+
+    def claim(text: str, needs: Sequence[tuple[str, str]], values: Callable[[], list[float]], holds: Any) -> None:
+        if needs and all(n in results for n in needs):
+            v = values()
+            found.append({"claim": text, "holds": bool(holds(v)), "mean": fmean(v), "each": [float(x) for x in v]})
+
+    def change(variant: str, a: str, b: str, key: str, scale: float = 1.0) -> list[float]:
+        pairs = zip(results[variant, a], results[variant, b], strict=True)
+        return [scale * (x[key] - y[key]) for x, y in pairs]
+
+    for v in dict.fromkeys(variant for variant, _ in results):
+        both = [(v, "uniform"), (v, "wml")]
+        bound = 0.0 if v == "poison" else 0.01
+        claim(f"wml {2 if v == 'poison' else 1} ({v}): ensemble NLL, uniform − WML > {bound}", both,
+              lambda v=v: change(v, "uniform", "wml", "ensemble_nll"), lambda d, b=bound: fmean(d) > b)  # fmt: skip
+        claim(f"wml 3 ({v}): mean peer accuracy, WML − uniform ≥ −0.2 points", both,
+              lambda v=v: change(v, "wml", "uniform", "mean_accuracy", 100), lambda d: fmean(d) >= -0.2)  # fmt: skip
+        arms = [a for variant, a in results if variant == v and a not in ALONE]
+        claim(f"baselines 1 ({v}): mean peer NLL − ensemble NLL ≥ 0, by arm: {', '.join(arms)}", [(v, a) for a in arms],
+              lambda v=v, arms=arms: [fmean(r["mean_nll"] - r["ensemble_nll"] for r in results[v, a]) for a in arms],
+              lambda d: min(d) >= 0)  # fmt: skip
+    for arm, name in (("wml", "wml 2"), ("kdcl-general", "baselines 3"), ("dml", "baselines 3")):
+        bad = [("poison", arm)]
+        omegas = [r["importance"] for r in results.get(("poison", arm), [])]
+        if arm == "dml":
+            claim(f"{name}: dml cannot, the poisoned peer weighs 1/M", bad,
+                  lambda w=omegas: [o[-1] for o in w], lambda d: min(d) == max(d) == 0.25)  # fmt: skip
+            continue
+        claim(f"{name}: {arm}'s weight of the poisoned peer < 0.5/M on every seed", bad,
+              lambda w=omegas: [o[-1] for o in w], lambda d: max(d) < 0.125)  # fmt: skip
+        claim(f"{name}: … and least of all (smallest other − poisoned)", bad,
+              lambda w=omegas: [min(o[:-1]) - o[-1] for o in w], lambda d: min(d) > 0)  # fmt: skip
+    general = results.get(("clean", "kdcl-general"), [])
+    claim("baselines 2: kdcl-general's largest weight is the peer of least held-out error (1 = yes)",
+          [("clean", "kdcl-general")],
+          lambda: [float(r["held_out_error"][r["importance"].index(max(r["importance"]))] == min(r["held_out_error"]))
+                   for r in general], lambda d: min(d) == 1)  # fmt: skip
+    return found
+
+
+def text(data: str, results: Results, held: Sequence[dict[str, Any]], note: str) -> str:
+    """The Markdown of one data set."""
+    cells = [
+        [c["claim"], "yes" if c["holds"] else "**no**", f"{c['mean']:.4f}", ", ".join(f"{e:.4f}" for e in c["each"])]
+        for c in held
+    ]
+    return "\n\n".join(
+        [f"### {data}", table(COLUMNS, rows(results)), note, table(["claim", "holds", "mean", "each"], cells)]
+    )
