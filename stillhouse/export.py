@@ -90,9 +90,19 @@ def save_student(folder: str | Path, model: nn.Module, *, plan_json: Mapping[str
     folder = Path(folder)
     text = json.dumps(strict(plan_json), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     raw = text.encode("utf-8", "backslashreplace")
-    atomic_write(folder / WEIGHTS, save(weights(model), {"format": "pt", "plan_sha256": _sha(raw)}))
+    atomic_write(folder / WEIGHTS, canonical(save(weights(model), {"format": "pt", "plan_sha256": _sha(raw)})))
     atomic_write(folder / PLAN, raw)
     return folder
+
+
+def canonical(raw: bytes) -> bytes:
+    """The same safetensors file with its metadata in the order of the alphabet (the library's order is random)."""
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + raw[8 + size :]
 
 
 def read_student(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -57,6 +57,7 @@ class Family:
     base: nn.Module
     spec: ModelSpec | None = None
     cost: dict[str, Any] = field(default_factory=dict)
+    budgets: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     logs: list[dict[str, Any]] = field(default_factory=list)
 

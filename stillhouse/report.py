@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from stillhouse import units
 from stillhouse.errors import UserError
 from stillhouse.files import atomic_write, read_json, strict, write_json
-from stillhouse.report_text import claim_line, compare, family, label
+from stillhouse.report_text import FamilyTable, claim_line, compare, label
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -199,13 +199,13 @@ class Report:
         return cls.from_json(read_json(path), str(path))
 
     def summary(self) -> RenderableType:
-        """The family table, claims and cost for the terminal; fits 100 columns."""
+        """The family table, claims and cost for the terminal, as wide as it is."""
         from rich.console import Group
         from rich.text import Text
 
         parts: list[RenderableType] = [Text(units.plain(self.title), style="bold")]
         if self.students:
-            parts.append(family(self.students))
+            parts.append(FamilyTable(self.students))
         for name, values in (("result", self.metrics), ("cost", self.cost)):
             if values:
                 said = " · ".join(f"{label(k)} {units.humanise(k, v)}" for k, v in strict(values).items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from stillhouse.errors import UserError
 from stillhouse.files import strict
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
 
     from stillhouse.report import Claim, Report, Student
 
@@ -85,33 +85,42 @@ def measured_with(students: Sequence[Student]) -> str:
     return ", ".join(said)
 
 
-def family(students: Sequence[Student]) -> RenderableType:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as RichTable
-    from rich.text import Text
+class FamilyTable:
+    """The students as a table that fits the terminal: where it is too narrow, the columns in SPARE go first."""
 
-    shown = columns(students)[:11]
-    table = RichTable(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, show_edge=False)
-    table.add_column("Student", min_width=8, max_width=28)
-    cells = [[column.text(student.number(column.key)) for column in shown] for student in students]
-    for column, texts in zip(shown, zip(*cells)):
-        # Numbers keep their width; when the table is too wide the names give way.
-        least = max(map(len, (column.title, *texts)))
-        table.add_column(Text(column.title), justify="right", no_wrap=True, min_width=least)
-    for student, row in zip(students, cells):
-        style = {"base": "dim", "ensemble": "italic"}.get(student.role, "")
-        name = Text(units.plain(student.name), style=style, no_wrap=True, overflow="ellipsis")
-        table.add_row(name, *(Text(t, style=style) for t in row))
-    ranges = [
-        f"{units.shorten(s.name, 20)} {beside(s, 'latency_ms')}" for s in students if beside(s, "latency_ms")
-    ]
-    if ranges:
-        how = measured_with(students)
-        table.caption = Text(
-            units.plain(f"latency p10–p90 in ms{f' ({how})' if how else ''}: {', '.join(ranges)}")
-        )
-        table.caption_justify = "left"
-    return table
+    SPARE = ("ece", "compression", "bytes", "macs", "nll", "speedup", "params")
+
+    def __init__(self, students: Sequence[Student]):
+        self.students = students
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        shown = columns(self.students)[:11]
+        names = min(28, max(8, *(len(units.plain(s.name)) for s in self.students), 0))
+        texts = {c.key: [c.title, *(c.text(s.number(c.key)) for s in self.students)] for c in shown}
+        for spare in self.SPARE:
+            if names + sum(max(map(len, texts[c.key])) + 2 for c in shown) <= options.max_width:
+                break
+            shown = [c for c in shown if c.key != spare]
+        yield self.drawn(shown)
+
+    def drawn(self, shown: Sequence[Column]) -> RenderableType:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, show_edge=False)
+        table.add_column("Student", min_width=8, max_width=28)
+        for column in shown:
+            table.add_column(Text(column.title), justify="right", no_wrap=True)
+        for student in self.students:
+            style = {"base": "dim", "ensemble": "italic"}.get(student.role, "")
+            name = Text(units.plain(student.name), style=style, no_wrap=True, overflow="ellipsis")
+            table.add_row(name, *(Text(c.text(student.number(c.key)), style=style) for c in shown))
+        how = measured_with(self.students)
+        if how:
+            table.caption = Text(units.plain(f"latency: median of one forward pass, {how}"))
+            table.caption_justify = "left"
+        return table
 
 
 def claim_line(claim: Claim) -> RenderableType:

@@ -85,7 +85,8 @@ def plan_peers(
         trunk = tuple(trunks[i]) if trunks else ()
         if trunk not in scored:
             groups, why = find_groups(base, example, ignore=trunk, scope=scope)
-            left += [w for w in why if w not in left]
+            # That a trunk stays whole goes without saying.
+            left += [w for w in why if w not in left and not any(w.startswith((f"{t}:", f"{t}.")) for t in trunk)]
             if not groups and any(ratios):
                 raise UserError(f"nothing in {type(base).__name__} can be pruned: " + "; ".join(why[:3]))
             scored[trunk] = groups, score_groups(base, groups, score, loss) if groups else []

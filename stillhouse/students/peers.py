@@ -251,7 +251,15 @@ class Tree(PeerSet):
         with frozen_statistics(self):
             total = self(example).float().square().sum()
         named = [(i, k, p) for i, body in enumerate(self.bodies) for k, p in body.named_parameters() if p.requires_grad]
-        grads = torch.autograd.grad(total, [p for _, _, p in named], allow_unused=True)
+        try:
+            grads = torch.autograd.grad(total, [p for _, _, p in named], allow_unused=True)
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise UserError(
+                f"peers cannot share up to {max(self.trunks, key=len)[-1]!r}: what follows overwrites its output in "
+                "place (as ReLU(inplace=True) does); let the --trunk end behind that"
+            ) from None
         heard: dict[str, list[int]] = {}
         found: dict[int, dict[str, int]] = {}
         for (i, name, _), g in zip(named, grads, strict=True):
@@ -267,7 +275,7 @@ class Tree(PeerSet):
         trial = copy.deepcopy(self).eval()
         with torch.no_grad():
             for name, p in trial.named_parameters():
-                if p.is_floating_point():
+                if p.requires_grad:
                     g = torch.Generator().manual_seed(fold("tree check", name))
                     size = 0.1 * (float(p.abs().mean()) or 1.0)
                     p.add_(size * torch.randn(p.shape, generator=g).to(p))

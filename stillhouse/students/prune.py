@@ -37,6 +37,7 @@ class Budget:
         base: the measure of the unpruned network (without the paths in ``whole``).
         target: ``(1 - ratio) * base``.
         reached: the measure of the plan's network.
+        unit: what the unit at the cut costs; a miss below it cannot be helped without breaking nestedness.
     """
 
     measure: Measure
@@ -44,11 +45,17 @@ class Budget:
     base: int
     target: float
     reached: int
+    unit: int = 0
 
     @property
     def error(self) -> float:
         """Signed relative error ``reached / target - 1``."""
         return self.reached / self.target - 1 if self.target else 0.0
+
+    @property
+    def met(self) -> bool:
+        """Within 1 % of the target, or within the cost of one unit."""
+        return abs(self.reached - self.target) <= max(0.01 * self.target, self.unit)
 
 
 def score_groups(
@@ -260,7 +267,8 @@ def fit_budget(
         kept = torch.ones(group.size, dtype=torch.bool)
         kept[torch.from_numpy(units[:n].copy())] = False
         keep.append(kept)
-    return assemble(model, groups, keep), Budget(measure, ratio, base, target, reached)
+    unit = max(last, reached - costs(pruned(k + 1)) if k < len(steps) else 0)
+    return assemble(model, groups, keep), Budget(measure, ratio, base, target, reached, unit)
 
 
 def _ranked(scores: Sequence[Tensor], kappa: float) -> list[np.ndarray]:

@@ -49,9 +49,16 @@ def base_network(kind: str = "resnet", seed: int = 0) -> nn.Module:
 
 
 def peer_set(
-    share: str, ratios: tuple[float, ...] = RATIOS, *, cut: tuple[str, ...] = ("layer1",), base: nn.Module | None = None,
-    seed: int = 0, moved: bool = True, example: Tensor | None = None, fresh: bool = False,
-) -> PeerSet:  # fmt: skip
+    share: str,
+    ratios: tuple[float, ...] = RATIOS,
+    *,
+    cut: tuple[str, ...] = ("layer1",),
+    base: nn.Module | None = None,
+    seed: int = 0,
+    moved: bool = True,
+    example: Tensor | None = None,
+    fresh: bool = False,
+) -> PeerSet:
     """Peers of `base`, their weights moved apart as training would."""
     base = base_network() if base is None else base
     x = images(2)["input"] if example is None else example
@@ -68,7 +75,9 @@ def learner(share: str, rule: str = "wml", peers: PeerSet | None = None, **setti
     """A System over `peers`, in float64, with uneven importance."""
     peers = peer_set(share) if peers is None else peers
     m = len(peers)
-    cfg = Config(**{"ratios": tuple(k / 10 for k in range(m)), "share": share, "rule": rule, "temperature": 2.0, **settings})
+    cfg = Config(
+        **{"ratios": tuple(k / 10 for k in range(m)), "share": share, "rule": rule, "temperature": 2.0, **settings}
+    )
     widths, channels = sizes(peers)
     made = Mutual(peers, cfg, make_rule(rule, share, m, widths, channels, cfg.detach)).double().train()
     if m == 3:

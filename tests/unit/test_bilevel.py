@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,7 +83,7 @@ def test_after_is_the_total_derivative(mode, detach):
     torch.testing.assert_close(h.total, expected, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(h.outer, total(OMEGA))
     torch.testing.assert_close(h.total, h.direct + h.indirect)
-    assert h.indirect.abs().min() > 1e-4 and not h.total.requires_grad
+    assert h.indirect.abs().max() > 5e-4 and not h.total.requires_grad
 
 
 @pytest.mark.parametrize("mode", ["grad", "jvp", "fd"])
@@ -137,7 +139,7 @@ def test_neumann_at_a_stationary_point_is_the_unrolled_derivative(order):
 def test_no_inner_step_leaves_the_direct_term():
     predict, terms, outer, params = problem()
     h = one_step(predict, terms, outer, params, OMEGA, lr=0.0)
-    expected = torch.autograd.functional.jacobian(lambda w: outer(params, w).detach() * 0 + outer(params, w), OMEGA)
+    expected = torch.autograd.functional.jacobian(lambda w: outer(params, w), OMEGA)
     torch.testing.assert_close(h.total, expected)
     assert not h.indirect.any()
 
@@ -155,7 +157,6 @@ def test_means_over_processes_are_taken_before_the_products():
     """Two halves of the data, averaged where `all_mean` says, give the derivative on all of it."""
     _, _, _, params = problem()
     model = network()
-    queue: list[list[Tensor]] = []
 
     def parts(rows: slice, held: slice):
         def predict(p):
@@ -171,8 +172,6 @@ def test_means_over_processes_are_taken_before_the_products():
         return predict, terms, outer
 
     whole = one_step(*parts(slice(0, 4), slice(0, 4)), params, OMEGA, lr=GAMMA, at="after", neumann=1)
-
-    import threading
 
     halves, barrier, found = (slice(0, 2), slice(2, 4)), threading.Barrier(2), {}
     table: dict[int, list[Tensor]] = {}
@@ -195,7 +194,7 @@ def test_means_over_processes_are_taken_before_the_products():
         t.start()
     for t in threads:
         t.join(60)
-    assert not queue and set(found) == {0, 1}
+    assert set(found) == {0, 1}
     for rank in (0, 1):
         torch.testing.assert_close(found[rank].total, whole.total)
 
@@ -214,14 +213,16 @@ def test_inputs_stay_as_they_were_and_unknown_modes_are_named():
 def test_attention_has_a_forward_derivative():
     """The fused kernels have none; `jvp` must find another way and agree with backward mode."""
     q = torch.randn(2, 1, 4, 8, generator=torch.Generator().manual_seed(3))
-    w = torch.ones(2)
 
     def predict(p):
         return F.scaled_dot_product_attention(q * p["a"], q, q).mean((1, 2, 3))
 
-    h = {
-        m: one_step(predict, lambda out, _: out**2, lambda p, w: p["a"].sum() + 0 * w.sum(), {"a": torch.ones(8)}, w, lr=1.0, mode=m)
-        for m in ("jvp", "grad")
-    }  # fmt: skip
-    torch.testing.assert_close(h["jvp"].indirect, h["grad"].indirect)
-    assert h["jvp"].indirect.abs().max() > 1e-4
+    def outer(p, w):
+        return p["a"].sum() + 0 * w.sum()
+
+    def products(mode):
+        theta = {"a": torch.ones(8)}
+        return one_step(predict, lambda out, _: out**2, outer, theta, torch.ones(2), lr=1.0, mode=mode).indirect
+
+    torch.testing.assert_close(products("jvp"), products("grad"))
+    assert products("jvp").abs().max() > 1e-4

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def distill(
     spec = base if isinstance(base, ModelSpec) else None
     if network is None:
         network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
-    peers, notes, miss = make_peers(run, network, train, cfg)
+    peers, budgets, notes = make_peers(run, network, train, cfg)
     widths, channels = feature_sizes(peers, train)
     rule = make_rule(cfg.rule, cfg.share, len(peers), widths, channels, cfg.detach)
     learner = Mutual(peers, cfg, rule, held_out=held, labels=labels)
@@ -95,9 +96,8 @@ def distill(
         fit(run, name, learner, stage, steps=steps, settings=cfg)
         learner.done += steps
     family = harvest(run, learner, data, network, spec, [s for s, _, _ in stages])
-    family.notes += notes
-    seconds = time.monotonic() - began
-    family.cost.update(worst_budget_error=miss, samples=len(train), steps=sum(lengths), seconds=seconds)
+    family.budgets, family.notes = budgets, notes
+    family.cost.update(samples=len(train), steps=sum(lengths), seconds=time.monotonic() - began)
     return family
 
 
@@ -114,7 +114,9 @@ def part_data(data: Data, cfg: Config, seed: int) -> tuple[Samples, Samples | No
     return train, held, True
 
 
-def make_peers(run: Run, base: nn.Module, train: Samples, cfg: Config) -> tuple[PeerSet, list[str], float]:
+def make_peers(
+    run: Run, base: nn.Module, train: Samples, cfg: Config
+) -> tuple[PeerSet, list[dict[str, Any]], list[str]]:
     """Prune `base` to every ratio and put the peers together; the plans are made once and kept in the run folder."""
     ids = np.random.default_rng(fold(run.seed, "score")).permutation(len(train))[:512]
     seen = train.take(np.sort(ids))
@@ -130,16 +132,18 @@ def make_peers(run: Run, base: nn.Module, train: Samples, cfg: Config) -> tuple[
             base, example[:1], cfg.ratios, trunks=trunks, loss=loss, score=cfg.score, measure=cfg.measure,
             scope=cfg.scope, layer_bound=cfg.layer_bound, round_to=cfg.round_to,
         )  # fmt: skip
-        said = [f"{b.measure} budget {b.target:.4g}: reached {b.reached} ({100 * b.error:+.2f} %)" for b in budgets]
-        miss = max(abs(b.error) for b in budgets)
-        return {"plans": [json.loads(p.to_json()) for p in plans], "budgets": said, "whole": left, "miss": miss}
+        facts = [{**asdict(b), "miss": b.error, "met": b.met} for b in budgets]
+        return {"plans": [json.loads(p.to_json()) for p in plans], "budgets": facts, "whole": left}
 
     made = run.memo("plans", make)
     plans = [Plan.from_json(p) for p in made["plans"]]
     seeds = [fold(run.seed, "peer", i) for i in range(len(plans))]
     peers = build_peers(base, plans, example, share=cfg.share, trunks=trunks, fresh=cfg.init == "fresh", seeds=seeds)
-    shared = [f"shared trunk: {', '.join(trunks[0])}"] if trunks else []
-    return peers, [*shared, *made["budgets"], *(f"left whole: {w}" for w in made["whole"])], made["miss"]
+    notes = [f"left whole: {w}" for w in made["whole"]]
+    if trunks:
+        least = min(trunks, key=lambda t: len(t))
+        notes.insert(0, f"shared trunk: {', '.join(least)}; ratios refer to the peers' own tails")
+    return peers, made["budgets"], notes
 
 
 def feature_sizes(peers: PeerSet, train: Samples) -> tuple[list[int], int]:
