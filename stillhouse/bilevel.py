@@ -49,6 +49,7 @@ def one_step(
     scale: Mapping[str, float] | None = None,
     neumann: int = 0,
     all_mean: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
+    inner_mean: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
 ) -> Hypergradient:
     """Derivative of an outer loss through one gradient step of a weighted inner loss.
 
@@ -74,6 +75,7 @@ def one_step(
         scale: S, a factor per parameter name where the optimiser scales gradients (a shared trunk); 1 elsewhere.
         neumann: K, number of further terms; each costs one Hessian-vector product.
         all_mean: averages a list of tensors over processes; with it every process gets the joint derivative.
+        inner_mean: the same for what comes from the inner batch, where its shares differ from the outer one's.
 
     Returns:
         A `Hypergradient`, all detached, in float32 or better.
@@ -91,13 +93,14 @@ def one_step(
     theta = {k: p.detach() for k, p in params.items()}
     names, scale = list(theta), dict(scale or {})
     factors = [scale.get(k, 1.0) for k in names]
+    inner_mean = inner_mean or all_mean
 
     with _plain(next(iter(theta.values())).device.type):
         if at == "after":
             inner = _leaves(theta)
             out = predict(inner)
             loss = (weights.detach() * terms(out, _fixed(out))).sum()
-            step = all_mean(_grads(loss, list(inner.values())))
+            step = inner_mean(_grads(loss, list(inner.values())))
             point = {k: theta[k] - lr * f * g for k, f, g in zip(names, factors, step, strict=True)}
         else:
             point = theta
@@ -106,10 +109,10 @@ def one_step(
         *v, direct = all_mean(_grads(value, [*there.values(), omega]))
         if lr == 0:
             return Hypergradient(direct, direct, torch.zeros_like(direct), value.detach())
-        v = _neumann(predict, terms, theta, weights, v, lr, factors, neumann, all_mean)
+        v = _neumann(predict, terms, theta, weights, v, lr, factors, neumann, inner_mean)
         v = [f * g for f, g in zip(factors, v, strict=True)]
         products = _inner_products(predict, terms, theta, dict(zip(names, v, strict=True)), mode)
-        products = all_mean([products])[0]
+        products = inner_mean([products])[0]
     indirect = -lr * products.to(direct.dtype)
     return Hypergradient(direct + indirect, direct, indirect, value.detach())
 

@@ -183,7 +183,7 @@ def execute(system: str, flags: Sequence[str], options: Options, config: Any) ->
         report = recipes.experiment(system).main(run, options, config, command)
     except (Interrupted, KeyboardInterrupt) as error:
         raise Interrupted(f"{error or 'interrupted'}; go on with: stillhouse resume {options.out}") from None
-    if run.main:
+    if report is not None:
         page = report.write(options.out)
         Console().print(report.summary())
         print(f"report: {page.resolve()}")

@@ -37,19 +37,21 @@ TINY = replace(PRESET, ratios=(0.0, 0.5), epochs=2, warmup=0, outer_every=2, bat
 MLP = ModelSpec("stillhouse:mlp", 10, (1, 8, 8), options={"widths": [64, 64]})
 
 
-def main(run: Run, options: Options, cfg: Config, command: str) -> Report:
-    """One run as the command makes it: train, save the students, measure, report."""
+def main(run: Run, options: Options, cfg: Config, command: str) -> Report | None:
+    """One run as the command makes it: train, save the students, measure; the report, on the main process."""
     own = options.model is not None or options.data is not None
     data = options.load_data("digits")
     base = options.spec(data, "stillhouse:cnn") if own else MLP
     network = base.build(seed=run.seed, pretrained=True) if options.pretrained else None
     family = distill(run, data, base, cfg, network=network)
-    report = describe(run, family, data, cfg, command)
+    report = describe(run, family, data, cfg, command) if run.main else None
+    run.barrier()
     if not own and cfg.rule == "wml":
         arms = run_arms(run, cfg, options.children())
-        report.claims += claims(arms, options.children())
-        report.tables += tables(arms)
-        report.notes.append("Claims are measured on 300 training and 150 held-out digits, the table above on 1,258.")
+        if report is not None:
+            report.claims += claims(arms, options.children())
+            report.tables += tables(arms)
+            report.notes.append("Claims are measured on 300 training and 150 held-out digits, the students on 1,258.")
     return report
 
 
@@ -60,9 +62,7 @@ def tiny(run: Run, cfg: Config = TINY, base: ModelSpec = MLP) -> Family:
 
 def describe(run: Run, family: Family, data: Data, cfg: Config, command: str) -> Report:
     """The report of one family: who is how good, how large and how fast, and how training went."""
-    if run.main:
-        family.save(run.folder)
-    run.barrier()
+    family.save(run.folder)
     students, metrics, matrices = family.measure(data, run.folder, run.device)
     name = family.spec.name if family.spec else type(family.base).__name__
     report = Report(

@@ -179,6 +179,7 @@ class Mutual(System):
                 scale=self.peers.grad_scale,
                 neumann=c.neumann,
                 all_mean=lambda tensors: clock.all_mean(tensors, len(held_out["label"])),
+                inner_mean=lambda tensors: clock.all_mean(tensors, len(train["label"])),
             )
 
     def outer_loss(self, z: Tensor, omega: Tensor, y: Tensor) -> Tensor:

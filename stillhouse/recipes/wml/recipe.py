@@ -76,7 +76,9 @@ def distill(
         network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
     peers, budgets, notes = make_peers(run, network, train, cfg)
     widths, channels = feature_sizes(peers, train)
-    rule = make_rule(cfg.rule, cfg.share, len(peers), widths, channels, cfg.detach)
+    with torch.random.fork_rng(devices=[]):  # some rules have weights of their own
+        torch.manual_seed(fold(run.seed, "rule"))
+        rule = make_rule(cfg.rule, cfg.share, len(peers), widths, channels, cfg.detach)
     learner = Mutual(peers, cfg, rule, held_out=held, labels=labels)
 
     def source(samples: Samples) -> Source:
