@@ -29,7 +29,7 @@ from stillhouse.engine import Run
 from stillhouse.evaluate import classification, environment
 from stillhouse.models import ModelSpec
 from stillhouse.recipes.wml.experiment import PRESET, poison
-from stillhouse.recipes.wml.recipe import Config, distill, part_data
+from stillhouse.recipes.wml.recipe import Config, distill, make_peers, part_data
 from stillhouse.system import fold
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -133,6 +133,8 @@ def work(task: Task, out: str, device: str) -> dict[str, Any]:
         cfg = configure(task, data)
         run = Run(folder, seed=task.seed, device=device, quiet=True)
         spec = ModelSpec(setting.model, len(data.classes), tuple(data.shape), options=setting.options)
+        if task.arm == "separate" and "share" not in task.changes:  # the same students as the tree arms
+            make_peers(run, spec.build(seed=task.seed), part_data(data, cfg, task.seed)[0], replace(cfg, share="tree"))
         family = distill(run, data, spec, cfg, labels=poison if task.variant == "poison" else None)
         assert family.cost["steps"] == task.steps, (family.cost["steps"], task.steps)
         result = {**family.evaluate(data, run.device), **family.cost}
@@ -142,7 +144,7 @@ def work(task: Task, out: str, device: str) -> dict[str, Any]:
             result["held_out_error"] = [1 - classification(a, y)["accuracy"] for a in z]
         return {k: list(v.values()) if isinstance(v, dict) else v for k, v in result.items()}
 
-    settings = {"steps": task.steps, "changes": task.changes}
+    settings = {"seed": task.seed, "steps": task.steps, "changes": task.changes}
     return remember(folder / "result.json", settings, make)
 
 
@@ -150,7 +152,7 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace) -> list[dict[str, A
     """Results in the order of the tasks, `jobs` at a time; None for one that failed, which stops nobody else."""
     results: list[dict[str, Any] | None] = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
         for i, future in enumerate([pool.submit(work, task, args.out, args.device) for task in tasks]):
             try:
                 results.append(future.result())

@@ -16,11 +16,17 @@ COLUMNS = [
 ALONE = ("separate", "independent")
 
 
+def paired(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Results of the same seed, side by side."""
+    other = {r["settings"]["seed"]: r for r in b}
+    return [(r, other[r["settings"]["seed"]]) for r in a if r["settings"]["seed"] in other]
+
+
 def rows(results: Results) -> list[list[str]]:
     """One row per variant and arm; differences are paired by seed."""
     made = []
     for (variant, arm), rs in results.items():
-        both = zip(rs, results.get((variant, "independent"), []), strict=False)
+        both = paired(rs, results.get((variant, "independent"), []))
         gains = [a["mean_accuracy"] - b["mean_accuracy"] for a, b in both]
         points = [
             [r["accuracy"][-1] for r in rs], [r["accuracy"][0] for r in rs], [r["ensemble_accuracy"] for r in rs],
@@ -46,8 +52,7 @@ def claims(results: Results) -> list[dict[str, Any]]:
             found.append({"claim": text, "holds": bool(holds(v)), "mean": fmean(v), "each": [float(x) for x in v]})
 
     def change(variant: str, a: str, b: str, key: str, scale: float = 1.0) -> list[float]:
-        pairs = zip(results[variant, a], results[variant, b], strict=True)
-        return [scale * (x[key] - y[key]) for x, y in pairs]
+        return [scale * (x[key] - y[key]) for x, y in paired(results[variant, a], results[variant, b])]
 
     for v in dict.fromkeys(variant for variant, _ in results):
         both = [(v, "uniform"), (v, "wml")]

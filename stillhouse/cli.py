@@ -13,9 +13,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -179,8 +181,9 @@ def execute(system: str, flags: Sequence[str], options: Options, config: Any) ->
 
     command = shlex.join(["stillhouse", "run", system, *flags])
     try:
-        run = options.run()
-        report = recipes.experiment(system).main(run, options, config, command)
+        with _sigterm_interrupts():
+            run = options.run()
+            report = recipes.experiment(system).main(run, options, config, command)
     except (Interrupted, KeyboardInterrupt) as error:
         raise Interrupted(f"{error or 'interrupted'}; go on with: stillhouse resume {options.out}") from None
     if report is not None:
@@ -188,6 +191,19 @@ def execute(system: str, flags: Sequence[str], options: Options, config: Any) ->
         Console().print(report.summary())
         print(f"report: {page.resolve()}")
     run.close()
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is Ctrl-C; while a stage trains, `fit` hears both itself and saves first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse_flags(system: str, flags: Sequence[str]) -> tuple[Options, Any]:
@@ -247,7 +263,7 @@ def claim_folder(options: Options, config: Any, system: str, flags: Sequence[str
     out = options.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):  # a kill may leave hidden files
         if not (out / "run.json").exists():
             raise UserError(f"--out {out} is not empty; give a new folder")
         saved = read_json(out / "run.json")

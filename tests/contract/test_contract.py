@@ -63,15 +63,15 @@ def made(tmp_path_factory) -> Callable[[Row], Made]:
     known: dict[str, Made] = {}
 
     def of(row: Row) -> Made:
-        if str(row) not in known:
+        if repr(row) not in known:
             root, count = tmp_path_factory.mktemp("made"), []
             with pytest.MonkeyPatch.context() as patch:
                 plain = engine._Fit.step
                 patch.setattr(engine._Fit, "step", lambda *a: count.append(1) or plain(*a))
                 outcome = row.make(root / "run")
             files = written(outcome, root / "saved")
-            known[str(row)] = Made(root / "run", outcome, len(count), files)
-        return known[str(row)]
+            known[repr(row)] = Made(root / "run", outcome, len(count), files)
+        return known[repr(row)]
 
     return of
 
@@ -164,7 +164,7 @@ def test_outcomes_reload_in_a_fresh_process(made, tmp_path):
 @pytest.mark.parametrize(("left", "right"), ZERO, ids=lambda r: r.name)
 def test_distillation_weight_zero_is_the_plain_baseline(left, right, made, tmp_path):
     a, b = made(left), made(right)
-    assert {k: v for k, v in a.files.items()} == b.files
+    assert a.files == b.files
 
 
 # -- several processes -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What the contract table runs in processes of their own.
 
-    worker.py joint OUT       the JOINT rows, as one of several processes (RANK, WORLD_SIZE, … say which)
-    worker.py load OUT DIR…   stillhouse.load of every student folder; its logits on a fixed input
+worker.py joint OUT       the JOINT rows, as one of several processes (RANK, WORLD_SIZE, … say which)
+worker.py load OUT DIR…   stillhouse.load of every student folder; its logits on a fixed input
 """
 
 from __future__ import annotations

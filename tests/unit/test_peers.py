@@ -195,7 +195,7 @@ def test_a_trunk_whose_output_a_tail_overwrites_cannot_be_shared():
             return self.head(self.a(x).mul_(3.0))
 
     base = InPlace()
-    with pytest.raises(UserError, match="cannot share up to 'a'.*in place"):
+    with pytest.raises(UserError, match=r"cannot share up to 'a'.*in place"):
         Tree(base, [Plan.identity(base)] * 2, "head", trunks=[["a"]] * 2, example=rand(5, 4, dtype=torch.float32))
 
 

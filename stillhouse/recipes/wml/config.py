@@ -13,7 +13,12 @@ from stillhouse.errors import UserError
 class Config:
     """Settings of one peer-set run; every field is a flag."""
 
-    ratios: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7)  # part of the budget that each peer gives up; 0 stays whole
+    ratios: tuple[float, ...] = (
+        0.0,
+        0.3,
+        0.5,
+        0.7,
+    )  # part of the budget each peer gives up, ascending
     rule: str = "wml"  # wml, independent, dml, cl-ilr, kdcl-{mean,naive,linear,minlogit,general}, one, okddip, sandwich
     share: Literal["tree", "nested", "none"] = "tree"  # what peers share: a trunk, every weight, nothing
     trunk: tuple[str, ...] = ()  # last shared module, one for all or one per peer; empty takes about half of the MACs
@@ -63,6 +68,8 @@ def check_config(c: Config) -> None:
     for r in c.ratios:
         if not 0 <= r < 1:
             raise UserError(f"ratios: expected numbers in [0, 1) (part of the budget given up), got {r}")
+    if list(c.ratios) != sorted(c.ratios):
+        raise UserError(f"ratios: expected them from the largest student to the smallest (ascending), got {c.ratios}")
     ranges: dict[str, tuple[float, float]] = {
         "alpha": (0, 1), "ramp": (0, 1), "floor": (0, 1), "held_out": (0, 0.9), "ema": (0, 1), "lr_warmup": (0, 1),
         "eta": (0, math.inf), "lr": (0, math.inf), "weight_decay": (0, math.inf), "epochs": (0, math.inf),

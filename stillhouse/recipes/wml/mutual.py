@@ -93,27 +93,28 @@ class Mutual(System):
     def mutual(self, batch: Batch, clock: Clock) -> Terms | Gradients:
         """Equation (1), or another rule's loss, on the training batch."""
         batch = batch["train"]
+        which = self.rule.choose(len(self.peers), clock)
         if self.cfg.two_pass:
-            return self.mutual_two_pass(batch, clock)
+            return self.mutual_two_pass(batch, clock, which)
         x, features, trunk = batch["input"], list[Tensor](), None
         if "trunk" in self.rule.wants and isinstance(self.peers, Tree):
             z, features, trunk = self.peers.boundary(x)
         elif "features" in self.rule.wants:
             z, features = self.peers.with_features(x)
         else:
-            z = self.peers(x)
+            z = self.peers(x, only=which)
         seen = self.see(z, batch, clock, features, trunk)
         label, teach = self.rule(seen)
-        return Terms(label=label, teach=teach).note(**self.notes(z, seen))
+        return Terms(label=label, teach=teach).note(**self.notes(z, seen, which))
 
-    def mutual_two_pass(self, batch: Batch, clock: Clock) -> Gradients:
+    def mutual_two_pass(self, batch: Batch, clock: Clock, which: Sequence[int] | None) -> Gradients:
         """The same gradient with one peer's activations alive at a time.
 
         The loss sees the network only through the logits: its gradient there, (m, n, c), is enough to run
         every peer's backward pass alone. Exact without dropout.
         """
         with torch.no_grad():
-            z = self.peers(batch["input"])
+            z = self.peers(batch["input"], only=which)
         z.requires_grad_()
         seen = self.see(z, batch, clock)
         label, teach = self.rule(seen)
@@ -121,18 +122,23 @@ class Mutual(System):
         params = list(self.peers.trained().values())
         total: list[Tensor | None] = [None] * len(params)
         with frozen_statistics(self.peers):  # they moved in the first pass
-            for i in range(len(self.peers)):
+            for i, dzi in zip(which or range(len(self.peers)), dz, strict=True):
                 zi = self.peers(batch["input"], only=[i])
-                for k, g in enumerate(torch.autograd.grad(zi, params, dz[i : i + 1].to(zi.dtype), allow_unused=True)):
+                for k, g in enumerate(torch.autograd.grad(zi, params, dzi[None].to(zi.dtype), allow_unused=True)):
                     if g is not None:
                         before = total[k]
                         total[k] = g if before is None else before + g
         grads = total + [None] * len(list(self.rule.parameters()))
-        return Gradients(grads, label=label, teach=teach, **self.notes(z, seen))
+        return Gradients(grads, label=label, teach=teach, **self.notes(z, seen, which))
 
     @torch.no_grad()
-    def notes(self, z: Tensor, seen: Seen) -> dict[str, Tensor]:
-        return {"ce": seen.ce, "accuracy": (z.argmax(-1) == seen.y).float().mean(-1), "omega": self.omega.clone()}
+    def notes(self, z: Tensor, seen: Seen, which: Sequence[int] | None) -> dict[str, Tensor]:
+        """Cross-entropy, accuracy and importance of every peer; NaN for one that sat this step out."""
+        accuracy = (z.argmax(-1) == seen.y).float().mean(-1)
+        ce, right = (torch.full((len(self.peers),), math.nan, device=z.device) for _ in range(2))
+        rows = list(which or range(len(self.peers)))
+        ce[rows], right[rows] = seen.ce.float(), accuracy
+        return {"ce": ce, "accuracy": right, "omega": self.omega.clone()}
 
     # -- the outer problem --------------------------------------------------------------------------------
 
@@ -193,11 +199,9 @@ class Mutual(System):
     def after_step(self, clock: Clock) -> None:
         if self.ema is not None:
             self.ema.update(self.peers, clock)
-        if isinstance(self.rule, KDCL) and self.rule.held_out and clock.position == clock.steps_per_epoch - 1:
-            assert self.held_out is not None
-            was = self.training
+        last = clock.position == clock.steps_per_epoch - 1
+        if isinstance(self.rule, KDCL) and self.rule.held_out and last and self.held_out is not None:
             z = [predict(Peer(self.peers, i), self.held_out, device=clock.device) for i in range(len(self.peers))]
-            self.train(was)
             self.rule.refresh(torch.stack([a for a, _ in z]).to(clock.device), z[0][1].to(clock.device))
 
     def ensemble_weights(self) -> Tensor:

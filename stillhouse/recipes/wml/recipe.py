@@ -95,6 +95,8 @@ def distill(
     learner.total = sum(lengths)
     for (name, stage, _), steps in zip(stages, lengths, strict=True):
         learner.search = learner.search and name == "mutual"
+        if name == "merge" and carved:
+            learner.held_out = None  # no longer held out
         fit(run, name, learner, stage, steps=steps, settings=cfg)
         learner.done += steps
     family = harvest(run, learner, data, network, spec, [s for s, _, _ in stages])

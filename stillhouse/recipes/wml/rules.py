@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.objectives import ensembles
 from stillhouse.objectives.logits import cross_entropy, kl, mean_of_others, pairwise_kl, soft_cross_entropy, upcast
+from stillhouse.system import Clock
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Rule(nn.Module):
 
     def forward(self, s: Seen) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
+
+    def choose(self, m: int, clock: Clock) -> list[int] | None:
+        """The peers that take part in this step; None is all."""
+        return None
 
     def weights(self, omega: Tensor) -> Tensor:
         """The ensemble's weights that go with this rule, (m,)."""
@@ -200,9 +205,18 @@ class OKDDip(Rule):
 
 
 class Sandwich(Rule):
-    """US-Net training: the widest learns labels, every other width learns the widest (T = 1), gradients add up."""
+    """US-Net training: the widest learns labels, every other width learns the widest (T = 1), gradients add up.
+
+    A step trains the widest, the narrowest and two others at random.
+    """
 
     averages = False
+
+    def choose(self, m: int, clock: Clock) -> list[int] | None:
+        if m <= 4:
+            return None
+        middle = 1 + torch.randperm(m - 2, generator=clock.generator("sandwich"))[:2]
+        return [0, *sorted(middle.tolist()), m - 1]
 
     def forward(self, s: Seen) -> tuple[Tensor, Tensor]:
         widest, others = s.z[0], s.z[1:]
@@ -228,7 +242,7 @@ def make_rule(name: str, share: str, m: int, widths: list[int], channels: int, d
     name = "kdcl-mean" if name == "kdcl" else name
     if name not in NAMES:
         raise UserError(f"no rule {name!r}; {did_you_mean(name, NAMES)}")
-    if m < 2 and name in ("cl-ilr", "okddip"):
+    if m < 2 and name in ("cl-ilr", "one", "okddip"):
         raise UserError(f"rule {name} needs at least 2 peers, got {m}")
     if name in ("one", "cl-ilr") and share != "tree":
         raise UserError(f"rule {name} gates or averages branches of a shared trunk: use --share tree, got {share}")
