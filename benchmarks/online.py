@@ -133,8 +133,8 @@ def work(task: Task, out: str, device: str) -> dict[str, Any]:
         cfg = configure(task, data)
         run = Run(folder, seed=task.seed, device=device, quiet=True)
         spec = ModelSpec(setting.model, len(data.classes), tuple(data.shape), options=setting.options)
-        if task.arm == "separate" and "share" not in task.changes:  # the same students as the tree arms
-            make_peers(run, spec.build(seed=task.seed), part_data(data, cfg, task.seed)[0], replace(cfg, share="tree"))
+        sharing = replace(cfg, share=task.changes.get("share", "tree"))
+        make_peers(run, spec.build(seed=task.seed), data.train, sharing)  # kept in the folder: the same for all arms
         family = distill(run, data, spec, cfg, labels=poison if task.variant == "poison" else None)
         assert family.cost["steps"] == task.steps, (family.cost["steps"], task.steps)
         result = {**family.evaluate(data, run.device), **family.cost}

@@ -46,41 +46,40 @@ def claims(results: Results) -> list[dict[str, Any]]:
     """Claims 1–3 of wml.md and of online-baselines.md as measured, holding or not; what was not run is left out."""
     found: list[dict[str, Any]] = []
 
-    def claim(text: str, needs: Sequence[tuple[str, str]], values: Callable[[], list[float]], holds: Any) -> None:
-        if needs and all(n in results for n in needs):
-            v = values()
-            found.append({"claim": text, "holds": bool(holds(v)), "mean": fmean(v), "each": [float(x) for x in v]})
+    def claim(text: str, values: Sequence[float], holds: Callable[[Sequence[float]], bool]) -> None:
+        if values:
+            found.append({"claim": text, "holds": holds(values), "mean": fmean(values), "each": list(values)})
 
     def change(variant: str, a: str, b: str, key: str, scale: float = 1.0) -> list[float]:
-        return [scale * (x[key] - y[key]) for x, y in paired(results[variant, a], results[variant, b])]
+        pairs = paired(results.get((variant, a), []), results.get((variant, b), []))
+        return [scale * (x[key] - y[key]) for x, y in pairs]
 
     for v in dict.fromkeys(variant for variant, _ in results):
-        both = [(v, "uniform"), (v, "wml")]
-        bound = 0.0 if v == "poison" else 0.01
-        claim(f"wml {2 if v == 'poison' else 1} ({v}): ensemble NLL, uniform − WML > {bound}", both,
-              lambda v=v: change(v, "uniform", "wml", "ensemble_nll"), lambda d, b=bound: fmean(d) > b)  # fmt: skip
-        claim(f"wml 3 ({v}): mean peer accuracy, WML − uniform ≥ −0.2 points", both,
-              lambda v=v: change(v, "wml", "uniform", "mean_accuracy", 100), lambda d: fmean(d) >= -0.2)  # fmt: skip
-        arms = [a for variant, a in results if variant == v and a not in ALONE]
-        claim(f"baselines 1 ({v}): mean peer NLL − ensemble NLL ≥ 0, by arm: {', '.join(arms)}", [(v, a) for a in arms],
-              lambda v=v, arms=arms: [fmean(r["mean_nll"] - r["ensemble_nll"] for r in results[v, a]) for a in arms],
-              lambda d: min(d) >= 0)  # fmt: skip
-    for arm, name in (("wml", "wml 2"), ("kdcl-general", "baselines 3"), ("dml", "baselines 3")):
-        bad = [("poison", arm)]
+        gain = change(v, "uniform", "wml", "ensemble_nll")
+        if v == "poison":
+            claim("wml 2 (poison): ensemble NLL, uniform − WML > 0", gain, lambda d: fmean(d) > 0)
+        else:
+            claim(f"wml 1 ({v}): ensemble NLL, uniform − WML > 0.01", gain, lambda d: fmean(d) > 0.01)
+        points = change(v, "wml", "uniform", "mean_accuracy", 100)
+        claim(f"wml 3 ({v}): mean peer accuracy, WML − uniform ≥ −0.2 points", points, lambda d: fmean(d) >= -0.2)
+        arms = {a: rs for (variant, a), rs in results.items() if variant == v and a not in ALONE}
+        better = [fmean(r["mean_nll"] - r["ensemble_nll"] for r in rs) for rs in arms.values()]
+        text = f"baselines 1 ({v}): mean peer NLL − ensemble NLL ≥ 0, by arm: {', '.join(arms)}"
+        claim(text, better, lambda d: min(d) >= 0)
+    for arm, name in (("wml", "wml 2"), ("kdcl-general", "baselines 3")):
         omegas = [r["importance"] for r in results.get(("poison", arm), [])]
-        if arm == "dml":
-            claim(f"{name}: dml cannot, the poisoned peer weighs 1/M", bad,
-                  lambda w=omegas: [o[-1] for o in w], lambda d: min(d) == max(d) == 0.25)  # fmt: skip
-            continue
-        claim(f"{name}: {arm}'s weight of the poisoned peer < 0.5/M on every seed", bad,
-              lambda w=omegas: [o[-1] for o in w], lambda d: max(d) < 0.125)  # fmt: skip
-        claim(f"{name}: … and least of all (smallest other − poisoned)", bad,
-              lambda w=omegas: [min(o[:-1]) - o[-1] for o in w], lambda d: min(d) > 0)  # fmt: skip
-    general = results.get(("clean", "kdcl-general"), [])
-    claim("baselines 2: kdcl-general's largest weight is the peer of least held-out error (1 = yes)",
-          [("clean", "kdcl-general")],
-          lambda: [float(r["held_out_error"][r["importance"].index(max(r["importance"]))] == min(r["held_out_error"]))
-                   for r in general], lambda d: min(d) == 1)  # fmt: skip
+        text = f"{name}: {arm}'s weight of the poisoned peer < 0.5/M on every seed"
+        claim(text, [o[-1] for o in omegas], lambda d: max(d) < 0.125)
+        claim(f"{name}: … smallest weight of the others − the poisoned one's > 0",
+              [min(o[:-1]) - o[-1] for o in omegas], lambda d: min(d) > 0)  # fmt: skip
+    equal = [r["importance"][-1] for r in results.get(("poison", "dml"), [])]
+    claim("baselines 3: dml cannot, the poisoned peer weighs 1/M", equal, lambda d: set(d) == {0.25})
+    best = [
+        float(r["held_out_error"][r["importance"].index(max(r["importance"]))] == min(r["held_out_error"]))
+        for r in results.get(("clean", "kdcl-general"), [])
+    ]
+    text = "baselines 2: kdcl-general's largest weight is the peer of least held-out error (1 = yes)"
+    claim(text, best, lambda d: min(d) == 1)
     return found
 
 

@@ -37,10 +37,9 @@ _HOME = {
     "stillhouse.distill": ("Distill",),
     "stillhouse.evaluate": ("agreement", "classification", "count_macs", "count_params", "latency", "predict"),
     "stillhouse.report": ("Claim", "Curve", "Image", "Matrix", "Report", "Student", "Table", "compare"),
-    "stillhouse.export": ("export",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-_MODULES = ("bilevel", "data", "evaluate", "objectives", "recipes", "report", "students", "teachers", "weights")
+_MODULES = ("bilevel", "data", "evaluate", "export", "objectives", "recipes", "report", "students", "teachers", "weights")
 
 __all__ = sorted([*_WHERE, *_MODULES])
 

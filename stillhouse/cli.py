@@ -59,7 +59,8 @@ def invoke(argv: list[str]) -> int:
         args = build_parser().parse_args(argv[:2] if argv[:1] == ["run"] else argv)
         if argv[:1] == ["run"]:
             args.flags = argv[2:]
-        args.do(args)
+        with _sigterm_interrupts():
+            args.do(args)
         return 0
     except UserError as error:
         return said(2, f"stillhouse: error: {error}")
@@ -158,11 +159,7 @@ def do_resume(args: argparse.Namespace) -> None:
     path = args.folder / "run.json"
     if not path.exists():
         raise UserError(f"{args.folder} holds no run to resume (no run.json); start one with: stillhouse run SYSTEM")
-    saved = read_json(path)
-    if saved.get("format", 0) > RUN_FORMAT:
-        raise UserError(
-            f"{path} was written by a newer Stillhouse (format {saved['format']}); pip install -U stillhouse"
-        )
+    saved = check_run(read_json(path), path)
     options, config = parse_flags(saved["system"], saved["flags"])
     options = dataclasses.replace(options, out=args.folder)
     now = settings(options, config)
@@ -176,14 +173,27 @@ def do_resume(args: argparse.Namespace) -> None:
     execute(saved["system"], saved["flags"], options, config)
 
 
+def check_run(saved: Any, path: Path) -> dict[str, Any]:
+    """run.json as `claim_folder` wrote it, or one line that says what is wrong with it."""
+    kinds = {"format": int, "system": str, "flags": list, "settings": dict}
+    found = saved if isinstance(saved, dict) else {}
+    if isinstance(found.get("format"), int) and found["format"] > RUN_FORMAT:
+        raise UserError(
+            f"{path} was written by a newer Stillhouse (format {found['format']}); pip install -U stillhouse"
+        )
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise UserError(f"{path} is damaged ({name} is missing or no {kind.__name__}); start a new run")
+    return {**found, "flags": [str(f) for f in found["flags"]]}
+
+
 def execute(system: str, flags: Sequence[str], options: Options, config: Any) -> None:
     from rich.console import Console
 
     command = shlex.join(["stillhouse", "run", system, *flags])
     try:
-        with _sigterm_interrupts():
-            run = options.run()
-            report = recipes.experiment(system).main(run, options, config, command)
+        run = options.run()
+        report = recipes.experiment(system).main(run, options, config, command)
     except (Interrupted, KeyboardInterrupt) as error:
         raise Interrupted(f"{error or 'interrupted'}; go on with: stillhouse resume {options.out}") from None
     if report is not None:
@@ -263,10 +273,11 @@ def claim_folder(options: Options, config: Any, system: str, flags: Sequence[str
     out = options.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
-    if out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):  # a kill may leave hidden files
+    # A kill may leave hidden files; a run that was refused before its first step leaves run.json alone.
+    if out.exists() and {p.name for p in out.iterdir() if not p.name.startswith(".")} - {"run.json"}:
         if not (out / "run.json").exists():
             raise UserError(f"--out {out} is not empty; give a new folder")
-        saved = read_json(out / "run.json")
+        saved = check_run(read_json(out / "run.json"), out / "run.json")
         now = settings(options, config)
         if saved["system"] == system and saved["settings"] == now:
             raise UserError(f"--out {out} holds this very run; go on with it: stillhouse resume {out}")
@@ -340,10 +351,12 @@ def do_export(args: argparse.Namespace) -> None:
         raise UserError(f"{folder} holds no students (no students/NAME/plan.json); give a run's --out folder")
     suffix = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}[args.to]
     for student in students:
-        shape = read_json(student / "plan.json")["shape"]
+        model, shape = load(student), read_json(student / "plan.json").get("shape")
+        if not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise UserError(f"{student / 'plan.json'}: shape must be a list of sizes, got {shape!r}")
         target = inside(args.out or home / "exports", student.name + suffix)
         target.parent.mkdir(parents=True, exist_ok=True)
-        parity = export(load(student), torch.zeros(2, *shape), args.to, target)
+        parity = export(model, torch.zeros(2, *shape), args.to, target)
         print(
             f"{student.name}: {parity.path}  {parity.bytes / 1e6:.2f} MB  "
             f"max difference to PyTorch {parity.max_abs_diff:.2e} over {parity.samples} samples"

@@ -194,7 +194,9 @@ def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:
     """
     tensors, facts = read_student(folder)
     if base is None:
-        known: Mapping[str, Any] = facts.get("base") or {}
+        known = facts.get("base") or {}
+        if not isinstance(known, Mapping):
+            raise UserError(f"{folder}: base in plan.json must be an object, got {known!r}")
         if "name" not in known:
             raise UserError(
                 f"{folder}: this student was made from a live {known.get('class', 'network')}, which cannot be built "
@@ -202,8 +204,9 @@ def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:
             )
         base = ModelSpec.from_json(known).build()
     model = Plan.from_json(facts).build(base)
-    wrong = model.load_state_dict(tensors, strict=False)
-    if wrong.missing_keys or wrong.unexpected_keys:
-        name = (wrong.missing_keys + wrong.unexpected_keys)[0]
-        raise UserError(f"{folder}: model.safetensors and plan.json do not fit each other, first at {name!r}")
+    own = model.state_dict()
+    for name in [*own, *tensors]:
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+            raise UserError(f"{folder}: model.safetensors and plan.json do not fit each other, first at {name!r}")
+    model.load_state_dict(tensors)
     return model.eval()

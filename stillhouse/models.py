@@ -131,7 +131,13 @@ class ModelSpec:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> ModelSpec:
-        return ModelSpec(**{**value, "shape": tuple(value["shape"])})
+        try:
+            spec = ModelSpec(**{**value, "shape": tuple(map(int, value["shape"]))})
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(f"this is no description of a network ({error!r}): {str(value)[:200]}") from None
+        if not isinstance(spec.name, str) or not isinstance(spec.classes, int) or not isinstance(spec.options, Mapping):
+            raise UserError(f"this is no description of a network (name, classes or options): {str(value)[:200]}")
+        return spec
 
     def build(self, *, seed: int = 0, pretrained: bool = False) -> nn.Module:
         """The network, initialised from `seed` (the global generator is left as it was).

@@ -347,7 +347,10 @@ def open_function(spec: str, options: Options) -> Data:
             raise
         except Exception as error:
             raise UserError(f"{spec} raised {type(error).__name__}: {error}") from error
-    return as_data(obj, spec, augment=options.augment, seed=options.seed)
+    try:
+        return as_data(obj, spec, augment=options.augment, seed=options.seed)
+    except UserError as error:
+        raise error if spec in str(error) else UserError(f"{spec}: {error}") from None
 
 
 NAMED: dict[str, Callable[[Options], Data]] = {

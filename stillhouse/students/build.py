@@ -41,6 +41,8 @@ def check_base(base: nn.Module, example: Tensor, classes: int) -> None:
             f"{type(base).__name__} gives outputs of shape {tuple(z.shape)} for {len(example)} inputs, but the data "
             f"have {classes} classes: expected ({len(example)}, {classes})"
         )
+    if not torch.isfinite(z).all():
+        raise UserError(f"{type(base).__name__} gives NaN or infinity before any training; mend its forward or weights")
 
 
 def choose_trunks(base: nn.Module, example: Tensor, cuts: Sequence[str], peers: int) -> list[list[str]]:

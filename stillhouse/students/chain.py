@@ -88,7 +88,7 @@ def trunk_until(units: Sequence[Unit], cut: str) -> list[str]:
     """The units up to and including module `cut` (a unit, or a module whose units it contains)."""
     inside = [k for k, u in enumerate(units) if u.path == cut or u.path.startswith(cut + ".")]
     if not inside:
-        raise UserError(f"no part of the network is called {cut!r}; {did_you_mean(cut, parents(units))}")
+        raise UserError(f"trunk: no part of the network is called {cut!r}; {did_you_mean(cut, parents(units))}")
     if inside[-1] + 1 >= len(units):
         raise UserError(f"the trunk cannot reach up to {cut!r}: nothing would be left for the peers' own tails")
     return [u.path for u in units[: inside[-1] + 1]]

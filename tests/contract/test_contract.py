@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -212,6 +213,28 @@ def test_two_processes_equal_one_on_the_joint_batch(row, two, made, tmp_path):
     omega = [json.loads((r / "omega.json").read_text()) for r in ranks]
     assert omega[0] == omega[1]
     assert omega[0] == pytest.approx([m.importance for m in whole.outcome], abs=1e-6)
+
+
+def test_a_request_to_one_process_stops_both_at_the_same_step(two):
+    said = [(two / f"rank{r}" / "stopped").read_text() for r in range(2)]
+    assert said[0] == said[1] and re.match(r"stopped after step [56] of 20", said[0])
+
+
+def test_bad_numbers_in_one_process_stop_both_with_the_same_step(two):
+    said = [(two / f"rank{r}" / "not finite").read_text() for r in range(2)]
+    assert said[0] == said[1] and "the loss is not finite at step 4;" in said[0] and "(step 3)" in said[0]
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(tmp_path):
+    flags = ["--data", "digits", "--limit", "64", "--model", "stillhouse:mlp", "--ratios", "0", "0.5", "--epochs", "1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
+    command = [*launch, "stillhouse", "run", "wml", *flags, "--device", "cpu", "--out", str(tmp_path / "run")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report:") == 1
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 # -- teachers -----------------------------------------------------------------------------------------------------

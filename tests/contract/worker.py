@@ -6,10 +6,15 @@ worker.py load OUT DIR…   stillhouse.load of every student folder; its logits 
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
+
+from stillhouse.errors import Interrupted, NotFinite
+from stillhouse.run import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
@@ -19,7 +24,6 @@ def joint(out: Path) -> None:
     from rows import JOINT
 
     from stillhouse.files import write_json
-    from stillhouse.run import Run
 
     run = Run(out / "rank", device="cpu")  # before the rows: it makes the process group
     assert run.world == 2, run.world
@@ -27,7 +31,51 @@ def joint(out: Path) -> None:
         family = row.make(out / "shared" / row.name)
         family.save(out / f"rank{run.rank}" / row.name)
         write_json(out / f"rank{run.rank}" / row.name / "omega.json", [m.importance for m in family])
+    for name, kind in (("stopped", "SIGTERM"), ("not finite", "NaN")):
+        (out / f"rank{run.rank}" / name).write_text(trouble(run.child(name), kind))
     run.close()
+
+
+def trouble(run: Run, kind: str) -> str:
+    """What a process says when only the second one is told to stop, or only its data are bad, at step 4.
+
+    The update is due at every third step: the processes must also agree where they have no gradient to share.
+    """
+    from functools import partial
+
+    from stillhouse.engine import fit
+    from stillhouse.system import Batch, Clock, System, Terms, Update
+
+    class Line(System):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(2))
+
+        def updates(self) -> list[Update]:
+            every = 3 if kind == "SIGTERM" else 1
+            return [Update("learn", [self.w], partial(torch.optim.SGD, lr=0.1), every=every)]
+
+        def learn(self, batch: Batch, clock: Clock) -> Terms:
+            return Terms(loss=(batch["input"] * self.w).mean())
+
+    class Rows:
+        steps_per_epoch, fingerprint = 4, "rows"
+
+        def batch(self, clock: Clock) -> Batch:
+            x = torch.ones(3, 2)
+            if clock.rank == 1 and clock.step == 4:
+                if kind == "SIGTERM":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                else:
+                    x[0] = torch.nan
+            return {"input": x}
+
+    run.checkpoint_every = 3
+    try:
+        fit(run, "s", Line(), Rows(), steps=20)
+    except (Interrupted, NotFinite) as error:
+        return str(error)
+    return "it went on"
 
 
 def load(out: Path, folders: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import json
 import os
@@ -203,7 +204,10 @@ def test_image_folders(refused, capsys):
     empty.mkdir()
     says(refused(*run(empty)), "empty", "one folder per class")
     says(refused(*run(pictures(Path("one"), {"cats": 4}))), "one class", "cats", "two")
-    says(refused(*run(pictures(Path("flat"), {".": 4}) if False else _flat())), "no class folders")
+    flat = Path("flat")
+    flat.mkdir()
+    Image.new("RGB", (8, 8)).save(flat / "a.png")
+    says(refused(*run(flat)), "no class folders")
     gap = pictures(Path("gap"), {"cats": 4, "dogs": 4})
     (gap / "fish").mkdir()
     says(refused(*run(gap)), "fish", "no images")
@@ -211,19 +215,10 @@ def test_image_folders(refused, capsys):
     for broken in (bad / "cats" / "3.png", bad / "dogs" / "5.png"):
         broken.write_bytes(broken.read_bytes()[:60])
     says(refused(*run(bad)), ".png", "cannot read image", "--skip-bad")
-    import shutil
-
-    shutil.rmtree("outbad")
-    assert invoke([str(a) for a in run(bad, "--skip-bad")]) == 0
-    assert "2" in str(json.loads(Path("outbad/report.json").read_text())["notes"])
-    assert re.search(r"2 .*(skipped|could not be read|cannot be read)", Path("outbad/report.json").read_text())
-
-
-def _flat() -> Path:
-    folder = Path("flat")
-    folder.mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "a.png")
-    return folder
+    assert invoke([str(a) for a in run(bad, "--skip-bad")]) == 0  # the refused run left the folder free
+    notes = " ".join(json.loads(Path("outbad/report.json").read_text())["notes"])
+    assert sum(map(int, re.findall(r"skipped (\d+) unreadable", notes))) == 2
+    assert "cats/3.png" in notes and "dogs/5.png" in notes
 
 
 @pytest.mark.parametrize("name", ["cifar10", "fashion-mnist"])
@@ -263,7 +258,7 @@ def test_users_own_data(refused, text, words):
 
 # -- models ---------------------------------------------------------------------------------------------------------
 
-LINEAR = "nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, {c}))"
+LINEAR = "nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, {c}))"
 WRAP = """
 class Net(nn.Module):
     def __init__(self):
@@ -392,15 +387,16 @@ def test_a_cache_of_another_teacher(tmp_path):
     import torch
 
     from stillhouse.data import load
+    from stillhouse.data.cache import SignalCache
     from stillhouse.errors import UserError
-    from stillhouse.teachers import Cached, Frozen
+    from stillhouse.teachers import Frozen
 
-    samples = load("digits", limit=32).train
+    data = load("digits", limit=32).train
     first, second = (Frozen(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))) for _ in range(2))
-    batch = samples.take(np.arange(8))
-    Cached(first, tmp_path / "cache", samples)(batch)
-    with pytest.raises(UserError, match="teacher") as caught:
-        Cached(second, tmp_path / "cache", samples)(batch)
+    SignalCache.create(tmp_path / "c", n=32, classes=10, teacher_fingerprint=first.fingerprint,
+                       data_fingerprint=data.fingerprint).fill(first, data)  # fmt: skip
+    with pytest.raises(UserError, match=first.fingerprint) as caught:
+        SignalCache.open(tmp_path / "c", teacher_fingerprint=second.fingerprint, data_fingerprint=data.fingerprint)
     assert "\n" not in str(caught.value)
 
 
@@ -503,15 +499,14 @@ class _Bag:
 )
 def test_hostile_plans(refused, spoiled, changes):
     student = spoiled / "students" / "p50"
-    if not set(changes) - {"edits", "version"} and not set(changes) & set(json.loads((student / "plan.json").read_text())):
-        pytest.skip("the plan has no such field")
+    assert set(changes) <= set(json.loads((student / "plan.json").read_text()))
     hostile(student, **changes)
     refused("export", student, "--to", "safetensors", "--out", "here")
     assert not list(Path("here").glob("*.safetensors"))
 
 
 def test_names_from_files_cannot_write_elsewhere(refused, spoiled, tmp_path):
-    before = {p for p in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     report = json.loads((spoiled / "report.json").read_text())
     for row in report.get("students", []):
         row["name"] = "../../../escaped"
@@ -519,22 +514,24 @@ def test_names_from_files_cannot_write_elsewhere(refused, spoiled, tmp_path):
     (spoiled / "report.json").write_text(json.dumps(report))
     invoke(["report", str(spoiled)])
     assert not list(tmp_path.rglob("*escaped*")) and not list(tmp_path.parent.glob("escaped*"))
-    assert all(p.is_relative_to(spoiled) for p in {p for p in tmp_path.rglob("*")} - before)
+    assert all(p.is_relative_to(spoiled) for p in set(tmp_path.rglob("*")) - before)
 
 
 # -- the code itself ------------------------------------------------------------------------------------------------
 
 
 def test_nothing_pickled_is_ever_loaded():
-    source = Path(stillhouse.__file__).parent
-    bad = re.compile(r"torch\.load\(|pickle|allow_pickle=True|joblib|yaml\.load\(|\beval\(\s*['\"a-z]*text|\bexec\(|marshal")
-    found = []
-    for path in source.rglob("*.py"):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            code = line.split("#")[0]
-            if bad.search(code) and "allow_pickle=False" not in code:
-                found.append(f"{path.name}:{number}: {line.strip()}")
-    assert [f for f in found if "pickled" not in f] == []
-    for path in source.rglob("*.py"):
-        for line in path.read_text().splitlines():
-            assert "np.load(" not in line or "allow_pickle=False" in line, f"{path}: {line}"
+    """No pickle, no torch.load, and numpy only with allow_pickle=False, anywhere in the package."""
+    for path in Path(stillhouse.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {a.name.split(".")[0] for a in node.names} | {(getattr(node, "module", "") or "").split(".")[0]}
+                assert not names & {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}, where
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("torch.load", "eval", "exec", "torch.hub.load"), where
+                if name in ("np.load", "numpy.load", "np.lib.format.open_memmap", "np.lib.format.read_array"):
+                    given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                    assert given.get("allow_pickle", "False") == "False", where
+                    assert name != "np.load" or "allow_pickle" in given, where

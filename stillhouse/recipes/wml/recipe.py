@@ -140,7 +140,10 @@ def make_peers(
         return {"plans": [json.loads(p.to_json()) for p in plans], "budgets": facts, "whole": left}
 
     made = run.memo("plans", make)
-    plans = [Plan.from_json(p) for p in made["plans"]]
+    try:
+        plans = [Plan.from_json(p) for p in made["plans"]]
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{run.folder / 'plans.json'} is damaged ({error!r}); remove it to make it again") from None
     seeds = [fold(run.seed, "peer", i) for i in range(len(plans))]
     peers = build_peers(base, plans, example, share=cfg.share, trunks=trunks, fresh=cfg.init == "fresh", seeds=seeds)
     notes = [f"left whole: {w}" for w in made["whole"]]
