@@ -1,170 +1,48 @@
 """What the loop, the outer step, the shared trunk, low memory and cached teachers cost or save, as ratios.
 
-    .venv/bin/python benchmarks/performance.py fit                  # … torchdistill outer tree memory cached cli, all
+    .venv/bin/python benchmarks/performance.py fit                  # … torchdistill outer tree memory cached cli all
     .venv/bin/python benchmarks/performance.py all --quick          # small and short, to see that it works
-    .venv/bin/python benchmarks/performance.py fit torchdistill --device cuda --student torchvision:resnet18 --batch 512
+    .venv/bin/python benchmarks/performance.py fit torchdistill outer tree memory --device cuda \\
+        --student torchvision:resnet18 --teacher torchvision:resnet34 --batch 512 --block 20
 
 Both sides of a ratio run in one process, a block of steps each in turn, one thread; a ratio is the median over the
-rounds. Run it on a quiet machine. Each result goes to OUT/NAME.json.
+rounds. Run it on a quiet machine. Results are added to OUT/performance.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import itertools
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from common import read, table, write
+from perf_jobs import SGD, Args, alone, by_fit, by_hand, by_torchdistill, by_wml, images, learner, network, pairs
 from rounds import Stepper, Timing, side_by_side
 
 import torch  # isort: skip
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from stillhouse.data import Batches, Data, from_arrays, together
+from stillhouse.data import Batches
 from stillhouse.data.cache import SignalCache
 from stillhouse.distill import Distill
 from stillhouse.engine import Run, fit
 from stillhouse.evaluate import count_params, environment
-from stillhouse.models import ModelSpec
-from stillhouse.recipes.wml.recipe import Config, Mutual, feature_sizes, make_peers
-from stillhouse.recipes.wml.rules import make_rule
 from stillhouse.teachers import Cached, Frozen
 
-Args = argparse.Namespace
-SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
-ALPHA, T = 0.5, 4.0
+Row = tuple[str, float, str, bool | None]  # what, value, to reach, reached
 
 
-def network(name: str, args: Args, seed: int = 0) -> nn.Module:
-    stem = "small" if name.startswith("torchvision:resnet") else "keep"
-    return ModelSpec(name, 10, (3, args.size, args.size), stem).build(seed=seed).to(args.device)
-
-
-def images(args: Args) -> Data:
-    """Random images in memory; what they show does not matter to the time."""
-    g = torch.Generator().manual_seed(0)
-    n = max(args.samples, 2 * args.batch)
-    x = torch.randn(n, 3, args.size, args.size, generator=g)
-    y = torch.randint(0, 10, (n,), generator=g)
-    return from_arrays(x, y, test=(x[:256], y[:256]), name="random", normalize=False)
-
-
-def loop(steps: Callable[[], Any], block: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(block):
-            steps()
-
-    return run
-
-
-def by_hand(args: Args, data: Data) -> Callable[[], None]:
-    """The plain PyTorch loop for knowledge distillation on tensors in memory."""
-    x, y = (t.to(args.device) if args.device == "cuda" else t for t in data.train.take(range(len(data.train))).values() if 1) if False else in_memory(data)  # noqa: E501
-    student, teacher = network(args.student, args).train(), network(args.teacher, args, 1).eval()
-    optimizer = SGD(student.parameters())
-    g = torch.Generator().manual_seed(0)
-
-    def batches() -> Any:
-        while True:
-            yield from torch.randperm(len(x), generator=g).split(args.batch)[: len(x) // args.batch]
-
-    draw = batches()
-
-    def step() -> None:
-        ids = next(draw)
-        images, labels = x[ids].to(args.device), y[ids].to(args.device)
-        with torch.no_grad():
-            target = teacher(images)
-        logits = student(images)
-        soft = F.kl_div(
-            F.log_softmax(logits / T, 1), F.log_softmax(target / T, 1), reduction="batchmean", log_target=True
-        )
-        loss = (1 - ALPHA) * F.cross_entropy(logits, labels) + ALPHA * T * T * soft
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    return loop(step, args.block)
-
-
-def in_memory(data: Data) -> tuple[Tensor, Tensor]:
-    import numpy as np
-
-    whole = data.train.take(np.arange(len(data.train)))
-    return whole["input"], whole["label"]
-
-
-def by_fit(args: Args, data: Data, fast: bool = False) -> Stepper:
-    """The same job through `fit`; `fast` with compiled networks in bfloat16, channels last."""
-    teacher = network(args.teacher, args, 1)
-    options: dict[str, Any] = {"device": args.device}
-    if fast:
-        teacher.to(memory_format=torch.channels_last).compile()
-        options |= {"compile": True, "precision": "bf16", "channels_last": True}
-    system = Distill(network(args.student, args), Frozen(teacher), alpha=ALPHA, T=T, optimizer=SGD)
-    return Stepper(system, Batches(data.train, args.batch, augment=False), args.block, **options)
-
-
-def by_torchdistill(args: Args, data: Data) -> Callable[[], None]:
-    """The same job through torchdistill's box, as its example scripts run it."""
-    from torchdistill.core.distillation import DistillationBox
-
-    loader = {
-        "dataset_id": "train", "sampler": {"class_or_func": torch.utils.data.RandomSampler},
-        "kwargs": {"batch_size": args.batch, "drop_last": True, "num_workers": 0},
-    }  # fmt: skip
-    kd = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".",
-          "teacher_module_io": "output", "temperature": T, "alpha": 1 - ALPHA, "reduction": "batchmean"}  # fmt: skip
-    config = {
-        "num_epochs": 1, "train_data_loader": loader,
-        "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
-        "student": {"forward_proc": "forward_batch_only"},
-        "optimizer": {"key": "SGD", "kwargs": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}},
-        "criterion": {"key": "WeightedSumLoss", "kwargs": {
-            "sub_terms": {"kd": {"criterion": {"key": "KDLoss", "kwargs": kd}, "weight": 1.0}}}},
-    }  # fmt: skip
-    device = torch.device(args.device)
-    teacher, student = network(args.teacher, args, 1), network(args.student, args)
-    sets = {"train": torch.utils.data.TensorDataset(*in_memory(data))}
-    box = DistillationBox(teacher, student, sets, config, device, None, False, 1)
-
-    def batches() -> Any:
-        for epoch in itertools.count():
-            box.pre_epoch_process(epoch=epoch)
-            box.teacher_model.eval()
-            yield from box.train_data_loader
-
-    draw = batches()
-
-    def step() -> None:
-        x, y, supp = next(draw)
-        x, y = x.to(device), y.to(device)
-        box.post_forward_process(loss=box.forward_process(x, targets=y, supp_dict=supp))
-
-    return loop(step, args.block)
-
-
-# -- the subcommands: each gives rows (what, value, to reach, met) -----------------------------------------------
-
-Row = tuple[str, float, str, bool | None]
-
-
-def speed(args: Args, sides: dict[str, Any], repeats: int | None = None) -> dict[str, Timing]:
-    times = side_by_side(sides, repeats or args.repeats, args.warmup)
+def speed(args: Args, sides: dict[str, Any]) -> dict[str, Timing]:
+    times = side_by_side(sides, args.repeats, args.warmup)
     for name, t in times.items():
-        print(f"  {name}: {t.median:.3f} s a block", flush=True)
+        spread = f"{min(t.seconds):.3f} … {max(t.seconds):.3f}"
+        print(f"  {name}: {t.median:.3f} s a block ({spread})", flush=True)
     return times
 
 
@@ -187,3 +65,161 @@ def do_torchdistill(args: Args) -> list[Row]:
         ("fit with compile + bf16 against torchdistill, eager fp32", fast, "≥ 2", fast >= 2),
         ("torchdistill against the hand-written loop", hand, "(0.86 elsewhere)", None),
     ]
+
+
+def do_outer(args: Args) -> list[Row]:
+    data = images(args)
+    sides = {f"M={m} {name}": by_wml(args, data, m, **how) for m in (4, 8)
+             for name, how in (("without", {"eta": 0.0}), ("jvp", {}), ("grad", {"hypergradient": "grad"}))}  # fmt: skip
+    t = speed(args, sides)
+    rows: list[Row] = []
+    for m in (4, 8):
+        none, jvp, grad = (t[f"M={m} {k}"] for k in ("without", "jvp", "grad"))
+        share = 1 - 1 / none.times_faster_than(jvp)
+        reach = ("≤ 0.15", share <= 0.15) if m == 4 else ("", None)
+        rows.append((f"outer step's share of run time, M={m}, every 10 steps, jvp", share, *reach))
+        step = median((g - n) / (j - n) for g, j, n in zip(grad.seconds, jvp.seconds, none.seconds, strict=True))
+        rows.append((f"time of one outer step, grad / jvp, M={m}", step, "", None))
+    growth = t["M=4 jvp"].times_faster_than(t["M=8 jvp"])
+    return [*rows, ("time of M=8 / M=4, jvp", growth, "≤ 2.3", growth <= 2.3)]
+
+
+def do_tree(args: Args) -> list[Row]:
+    data = images(args)
+    system = learner(args, data)
+    students = [system.peers.student(i).to(args.device) for i in range(len(system.peers))]
+    parts = sum(map(count_params, students))
+    share = sum(p.numel() for p in system.peers.trained().values()) / parts
+    tree = Stepper(system, pairs(args, data), args.outer_block, device=args.device)
+    t = speed(args, {"tree WML": tree, "one by one": alone(args, data, students)})
+    wall = t["one by one"].times_faster_than(t["tree WML"])
+    return [
+        ("tree WML / its students one by one, wall", wall, "≤ 1.0", wall <= 1.0),
+        ("tree WML / its students one by one, trained parameters", share, "< 0.8", share < 0.8),
+    ]
+
+
+def do_memory(args: Args) -> list[Row]:
+    """Peak memory of a step above what was there before it, each side in a process of its own."""
+    peak: dict[str, float] = {}
+    for side in ("alone", "one-pass", "two-pass"):
+        # Every larger tensor gets pages of its own and gives them back, so that resident memory is what is in use.
+        env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        flags = [f"--{k}={getattr(args, k)}" for k in ("student", "size", "device", "batch")]
+        command = [sys.executable, __file__, "memory", "--side", side, *flags]
+        peak[side] = float(
+            subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()[-1]
+        )
+        print(f"  {side}: {peak[side] / 2**20:.1f} MiB", flush=True)
+    ratio = peak["two-pass"] / peak["alone"]
+    return [
+        ("two-pass mode / largest single peer, peak memory of a step", ratio, "≤ 1.25", ratio <= 1.25),
+        ("one-pass mode / largest single peer, peak memory of a step", peak["one-pass"] / peak["alone"], "", None),
+    ]
+
+
+def peak_of(args: Args) -> int:
+    """Bytes that one step takes at its peak: activations and gradients (momentum is there after the first step)."""
+    data, small = images(args), argparse.Namespace(**{**vars(args), "batch": 2})
+
+    def train(a: Args, folder: str) -> None:
+        if args.side == "alone":
+            fit(run(folder), "s", system, Batches(data.train, a.batch, augment=False), steps=2)
+        else:
+            fit(run(folder), "s", system, pairs(a, data), steps=2)
+
+    def run(folder: str) -> Run:
+        return Run(folder, quiet=True, device=args.device)
+
+    system: Any
+    if args.side == "alone":
+        system = Distill(network(args.student, args), None, alpha=0.0, optimizer=SGD)
+    else:
+        system = learner(args, data, two_pass=args.side == "two-pass", eta=0.0)
+    cuda = args.device.startswith("cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        train(small, f"{folder}/warm")  # libraries, kernels, buffers
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        train(args, f"{folder}/real")
+        after = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return after - before
+
+
+def do_cached(args: Args) -> list[Row]:
+    data, rows = images(args), list[Row]()
+    teacher = Frozen(network("stillhouse:resnet56", args, 1))
+    source = Batches(data.train, args.batch, views=1)
+    with tempfile.TemporaryDirectory() as folder:
+        how = {"teacher_fingerprint": teacher.fingerprint, "data_fingerprint": data.train.fingerprint}
+        cache = SignalCache.create(folder, n=len(data.train), classes=10, views=1, **how)
+        cache.fill(teacher, data.train, batch_size=args.batch, device=args.device)
+        for name in ("stillhouse:resnet8", args.student):
+
+            def side(who: Any, name: str = name) -> Stepper:
+                system = Distill(network(name, args), who, optimizer=SGD)
+                return Stepper(system, source, args.block, device=args.device)
+
+            t = speed(args, {f"{name}, live": side(teacher), f"{name}, cached": side(Cached(cache))})
+            ratio = t[f"{name}, cached"].times_faster_than(t[f"{name}, live"])
+            rows.append((f"cached against live ResNet-56 teacher, student {name}", ratio, "≥ 3", ratio >= 3))
+    return rows
+
+
+def do_cli(args: Args) -> list[Row]:
+    program, rows = Path(sys.executable).parent / "stillhouse", list[Row]()
+    for words in ("--help", "list"):
+        seconds = []
+        for _ in range(args.repeats + 1):
+            began = time.perf_counter()
+            subprocess.run([program, words], check=True, stdout=subprocess.DEVNULL)
+            seconds.append(time.perf_counter() - began)
+        value = median(seconds[1:])
+        rows.append((f"stillhouse {words}, seconds", value, "< 0.5", value < 0.5))
+    return rows
+
+
+JOBS = {"fit": do_fit, "torchdistill": do_torchdistill, "outer": do_outer, "tree": do_tree, "memory": do_memory,
+        "cached": do_cached, "cli": do_cli}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=[*JOBS, "all"])
+    parser.add_argument("--student", default="stillhouse:resnet20", help="also the base of the WML peers")
+    parser.add_argument("--teacher", default="stillhouse:resnet56")
+    parser.add_argument("--size", type=int, default=32, help="side of the images")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--block", type=int, default=2, help="steps of a block")
+    parser.add_argument("--outer-block", type=int, default=10, help="the same for outer and tree: a multiple of 10")
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", default="runs/performance")
+    parser.add_argument("--quick", action="store_true", help="16×16 images, batch 32, ResNet-8 and -20, 3 rounds")
+    parser.add_argument("--side", choices=("alone", "one-pass", "two-pass"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.quick:
+        args.student, args.teacher, args.size, args.batch = "stillhouse:resnet8", "stillhouse:resnet20", 16, 32
+        args.samples, args.repeats, args.warmup = 256, 3, 1
+    if args.side:
+        print(peak_of(args))
+        return
+    path = Path(args.out) / "performance.json"
+    for name in JOBS if "all" in args.what else args.what:
+        print(f"{name} …", flush=True)
+        rows = JOBS[name](args)
+        found = read(path) or {}
+        found[name] = {"rows": rows, "settings": vars(args), "environment": environment()}
+        write(path, found)
+        cells = [
+            [what, f"{v:.3f}", reach, {True: "yes", False: "**no**", None: ""}[met]] for what, v, reach, met in rows
+        ]
+        print("\n" + table(["what", "measured", "to reach", "reached"], cells) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,18 @@ _HOME = {
     "stillhouse.report": ("Claim", "Curve", "Image", "Matrix", "Report", "Student", "Table", "compare"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-_MODULES = ("bilevel", "data", "evaluate", "export", "objectives", "recipes", "report", "students", "teachers", "weights")
+_MODULES = (
+    "bilevel",
+    "data",
+    "evaluate",
+    "export",
+    "objectives",
+    "recipes",
+    "report",
+    "students",
+    "teachers",
+    "weights",
+)
 
 __all__ = sorted([*_WHERE, *_MODULES])
 
