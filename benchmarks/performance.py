@@ -12,8 +12,8 @@ rounds. Run it on a quiet machine. Results are added to OUT/performance.json.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -69,8 +69,8 @@ def do_torchdistill(args: Args) -> list[Row]:
 
 def do_outer(args: Args) -> list[Row]:
     data = images(args)
-    sides = {f"M={m} {name}": by_wml(args, data, m, **how) for m in (4, 8)
-             for name, how in (("without", {"eta": 0.0}), ("jvp", {}), ("grad", {"hypergradient": "grad"}))}  # fmt: skip
+    ways: dict[str, dict[str, Any]] = {"without": {"eta": 0.0}, "jvp": {}, "grad": {"hypergradient": "grad"}}
+    sides = {f"M={m} {name}": by_wml(args, data, m, **how) for m in (4, 8) for name, how in ways.items()}
     t = speed(args, sides)
     rows: list[Row] = []
     for m in (4, 8):
@@ -86,7 +86,7 @@ def do_outer(args: Args) -> list[Row]:
 
 def do_tree(args: Args) -> list[Row]:
     data = images(args)
-    system = learner(args, data)
+    system = learner(args, data, trunk=tuple(args.trunk))
     students = [system.peers.student(i).to(args.device) for i in range(len(system.peers))]
     parts = sum(map(count_params, students))
     share = sum(p.numel() for p in system.peers.trained().values()) / parts
@@ -136,15 +136,26 @@ def peak_of(args: Args) -> int:
         system = Distill(network(args.student, args), None, alpha=0.0, optimizer=SGD)
     else:
         system = learner(args, data, two_pass=args.side == "two-pass", eta=0.0)
-    cuda = args.device.startswith("cuda")
     with tempfile.TemporaryDirectory() as folder:
         train(small, f"{folder}/warm")  # libraries, kernels, buffers
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = memory(args.device, reset=True)
         train(args, f"{folder}/real")
-        after = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return after - before
+    return memory(args.device) - before
+
+
+def memory(device: str, reset: bool = False) -> int:
+    """Bytes in use now, from where the peak is counted anew (`reset`), or that peak."""
+    if device.startswith("cuda"):
+        if not reset:
+            return torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if reset:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is resident now
+    key = "VmRSS:" if reset else "VmHWM:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def do_cached(args: Args) -> list[Row]:
@@ -152,10 +163,12 @@ def do_cached(args: Args) -> list[Row]:
     teacher = Frozen(network("stillhouse:resnet56", args, 1))
     source = Batches(data.train, args.batch, views=1)
     with tempfile.TemporaryDirectory() as folder:
-        how = {"teacher_fingerprint": teacher.fingerprint, "data_fingerprint": data.train.fingerprint}
-        cache = SignalCache.create(folder, n=len(data.train), classes=10, views=1, **how)
+        cache = SignalCache.create(
+            folder, n=len(data.train), classes=10, views=1,
+            teacher_fingerprint=teacher.fingerprint, data_fingerprint=data.train.fingerprint,
+        )  # fmt: skip
         cache.fill(teacher, data.train, batch_size=args.batch, device=args.device)
-        for name in ("stillhouse:resnet8", args.student):
+        for name in dict.fromkeys(["stillhouse:resnet8", args.student]):
 
             def side(who: Any, name: str = name) -> Stepper:
                 system = Distill(network(name, args), who, optimizer=SGD)
@@ -189,6 +202,9 @@ def main() -> None:
     parser.add_argument("what", nargs="+", choices=[*JOBS, "all"])
     parser.add_argument("--student", default="stillhouse:resnet20", help="also the base of the WML peers")
     parser.add_argument("--teacher", default="stillhouse:resnet56")
+    parser.add_argument(
+        "--trunk", nargs="*", default=[], help="for tree: the last shared module (default: 40 %% of MACs)"
+    )
     parser.add_argument("--size", type=int, default=32, help="side of the images")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--samples", type=int, default=2048)

@@ -76,7 +76,7 @@ def side_by_side(sides: Mapping[str, Side], repeats: int, warmup: int = 1) -> di
     """Runs every side once per round, in an order that turns round with each, `warmup` rounds untimed first."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(-warmup, repeats):
-        order = list(sides) if i % 2 else list(reversed(sides))
+        order = list(sides) if i % 2 else list(sides)[::-1]
         for name in order:
             began = time.perf_counter()
             sides[name]()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy as copying
 import hashlib
 from collections import abc
+from itertools import chain
 from typing import Any, Literal, Protocol
 
 import torch
@@ -128,7 +129,7 @@ class Frozen:
     def __call__(self, batch: Batch) -> Signals:
         x = map_tensors(_input(batch, self._input, "Frozen teacher"), self._prepare)
         first = next(walk(x))
-        weight = next(walk([*self._model.parameters(), *self._model.buffers()]), None)
+        weight = next(chain(self._model.parameters(), self._model.buffers()), None)
         if weight is not None and weight.device != first.device:
             self._model.to(first.device)
         if self._precision is None:

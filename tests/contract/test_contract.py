@@ -6,6 +6,7 @@ A new recipe joins by itself: its ``experiment.py`` gives ``TINY`` and ``tiny(ru
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -171,13 +172,17 @@ def test_distillation_weight_zero_is_the_plain_baseline(left, right, made, tmp_p
 # -- several processes -----------------------------------------------------------------------------------------
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     """The JOINT rows, run by two processes."""
     out = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     both = [
         subprocess.Popen(
@@ -228,12 +233,28 @@ def test_bad_numbers_in_one_process_stop_both_with_the_same_step(two):
 @pytest.mark.slow
 def test_the_command_under_torchrun(tmp_path):
     flags = ["--data", "digits", "--limit", "64", "--model", "stillhouse:mlp", "--ratios", "0", "0.5", "--epochs", "1"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        free_port(),
+        "-m",
+    ]
     command = [*launch, "stillhouse", "run", "wml", *flags, "--device", "cpu", "--out", str(tmp_path / "run")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("report:") == 1
+    with open(tmp_path / "said", "w") as said:
+        launched = subprocess.Popen(command, env=env, stdout=said, stderr=said, start_new_session=True)
+        try:
+            code = launched.wait(timeout=240)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launched.pid, signal.SIGKILL)
+    text = (tmp_path / "said").read_text()
+    assert code == 0, text[-3000:]
+    assert text.count("report:") == 1
     assert (tmp_path / "run" / "report.html").exists()
 
 

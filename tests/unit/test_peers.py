@@ -162,6 +162,14 @@ def test_functional_call_reaches_every_trained_weight(share):
             assert not torch.allclose(moved, peers(x)), name
 
 
+def test_nested_peers_share_all_but_norms_and_the_bias_of_the_head():
+    peers, base = build(resnet(), "nested"), dict(resnet().named_parameters())
+    own = {k for k in base if "bn" in k} | {"linear.bias"}
+    for i in range(3):
+        assert {k for k, _ in peers.bodies[i].named_parameters()} == own
+    assert {k.removeprefix("weights.").replace("/", ".") for k in peers.users()} == base.keys() - own
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +224,7 @@ CUTS = [
     ("blocks.2", "blocks.1", "blocks.0"),
     ("blocks.0", "blocks.1", "patch_embed"),
     ("patch_embed", "blocks.1", "blocks.0"),
+    ("blocks.1", "patch_embed", "blocks.0"),
 ]
 
 
