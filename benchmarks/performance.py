@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--student", default="stillhouse:resnet20", help="also the base of the WML peers")
     parser.add_argument("--teacher", default="stillhouse:resnet56")
     parser.add_argument(
-        "--trunk", nargs="*", default=[], help="for tree: the last shared module (default: 40 %% of MACs)"
+        "--trunk", nargs="*", default=[], help="for tree: last shared module"
     )
     parser.add_argument("--size", type=int, default=32, help="side of the images")
     parser.add_argument("--batch", type=int, default=128)

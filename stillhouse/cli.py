@@ -197,8 +197,10 @@ def execute(system: str, flags: Sequence[str], options: Options, config: Any) ->
     except (Interrupted, KeyboardInterrupt) as error:
         raise Interrupted(f"{error or 'interrupted'}; go on with: stillhouse resume {options.out}") from None
     if report is not None:
-        page = report.write(options.out)
-        Console().print(report.summary())
+        from stillhouse.report import summary, write
+
+        page = write(report, options.out)
+        Console().print(summary(report))
         print(f"report: {page.resolve()}")
     run.close()
 
@@ -307,11 +309,11 @@ def claim_folder(options: Options, config: Any, system: str, flags: Sequence[str
 def do_report(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from stillhouse.report import Report
+    from stillhouse.report import Report, summary, write
 
     report = Report.read(args.folder)
-    page = report.write(args.folder)
-    Console().print(report.summary())
+    page = write(report, args.folder)
+    Console().print(summary(report))
     print(f"report: {page.resolve()}")
 
 

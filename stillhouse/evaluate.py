@@ -260,9 +260,7 @@ class Latency:
 
 
 @torch.inference_mode()
-def latency(
-    model: nn.Module, example: Any, *, threads: int = 1, repeats: int = 30, warmup: int = 5
-) -> Latency:
+def latency(model: nn.Module, example: Any, *, threads: int = 1, repeats: int = 30, warmup: int = 5) -> Latency:
     """Measured time of one forward pass in eval mode, with its spread.
 
     Args:
@@ -336,15 +334,11 @@ def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
         [True, True, False]
     """
     known = [
-        (float(c), float(q))
-        if c is not None and q is not None and math.isfinite(c) and math.isfinite(q)
-        else None
+        (float(c), float(q)) if c is not None and q is not None and math.isfinite(c) and math.isfinite(q) else None
         for c, q in points
     ]
     others = [p for p in known if p is not None]
-    return [
-        p is not None and not any(c <= p[0] and q >= p[1] and (c, q) != p for c, q in others) for p in known
-    ]
+    return [p is not None and not any(c <= p[0] and q >= p[1] and (c, q) != p for c, q in others) for p in known]
 
 
 def environment() -> dict[str, Any]:

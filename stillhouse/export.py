@@ -117,15 +117,11 @@ def read_student(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     folder = Path(folder)
     plan = read_json(folder / PLAN)
     if not isinstance(plan, dict):
-        raise UserError(
-            f"{folder / PLAN} holds a {type(plan).__name__}, expected an object; export the student again"
-        )
+        raise UserError(f"{folder / PLAN} holds a {type(plan).__name__}, expected an object; export the student again")
     state, metadata = read_weights(folder / WEIGHTS)
     expected = metadata.get("plan_sha256")
     if expected is not None and expected != _sha((folder / PLAN).read_bytes()):
-        raise UserError(
-            f"{PLAN} and {WEIGHTS} in {folder} are not of the same save; export the student again"
-        )
+        raise UserError(f"{PLAN} and {WEIGHTS} in {folder} are not of the same save; export the student again")
     return state, plan
 
 
@@ -201,9 +197,7 @@ def export(
     sizes = [1, 3] if batch == "dynamic" else [batch, batch]
     suffix = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}[to]
     with evaluating(model), replacing(path, suffix) as temp:
-        run = writers[to](
-            model, _resized(example, 2 if batch == "dynamic" else batch), temp, batch, structure
-        )
+        run = writers[to](model, _resized(example, 2 if batch == "dynamic" else batch), temp, batch, structure)
         worst, allowed = _compare(model, example, run, sizes, tolerance)
         found = Parity(str(path), to, worst, 2 * sum(sizes), temp.stat().st_size)
         if not worst <= allowed:
@@ -242,9 +236,7 @@ def _random(example: Any, n: int, seed: int) -> Any:
 
 
 @torch.no_grad()
-def _compare(
-    model: nn.Module, example: Any, run: Runner, sizes: list[int], tolerance: float
-) -> tuple[float, float]:
+def _compare(model: nn.Module, example: Any, run: Runner, sizes: list[int], tolerance: float) -> tuple[float, float]:
     """Largest difference between file and model over two random inputs of each size, and what is allowed."""
     worst, scale = 0.0, 1.0
     for index, n in enumerate(sizes * 2):
@@ -288,19 +280,11 @@ def _program(model: nn.Module, example: Any, batch: Literal["dynamic"] | int) ->
         with torch.no_grad():
             return torch.export.export(model, args, named, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds; the user needs one line
-        fix = (
-            "give batch=1 or another fixed size if the model fixes its batch"
-            if shapes
-            else "simplify its forward"
-        )
-        raise UserError(
-            f"{type(model).__name__} cannot be exported by torch.export: {_line(error)}; {fix}"
-        ) from error
+        fix = "give batch=1 or another fixed size if the model fixes its batch" if shapes else "simplify its forward"
+        raise UserError(f"{type(model).__name__} cannot be exported by torch.export: {_line(error)}; {fix}") from error
 
 
-def _onnx(
-    model: nn.Module, example: Any, path: Path, batch: Literal["dynamic"] | int, _: nn.Module | None
-) -> Runner:
+def _onnx(model: nn.Module, example: Any, path: Path, batch: Literal["dynamic"] | int, _: nn.Module | None) -> Runner:
     try:
         import onnx
         import onnxruntime
@@ -325,9 +309,7 @@ def _onnx(
     except OSError:
         raise
     except Exception as error:  # exporter, checker and runtime each have their own kinds
-        raise UserError(
-            f"{type(model).__name__} has no valid ONNX form: {_line(error)}; use torch-export"
-        ) from error
+        raise UserError(f"{type(model).__name__} has no valid ONNX form: {_line(error)}; use torch-export") from error
     names = [i.name for i in session.get_inputs()]
 
     def run(inputs: Any) -> list[Tensor]:

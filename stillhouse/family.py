@@ -185,6 +185,9 @@ def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:
         base: a network of the base's structure; needed when the run was given a live module, whose construction
             nothing on disk knows.
 
+    Only JSON and safetensors are read. But a student of your own network names its builder, ``module:function``, and
+    that function is imported and called: give `base` yourself for a folder you do not trust.
+
     Raises:
         UserError: files that are missing or damaged, a base that does not fit or is not known.
 

@@ -80,8 +80,11 @@ def check_config(c: Config) -> None:
     for name, (low, high) in ranges.items():
         if not low <= getattr(c, name) <= high or math.isnan(getattr(c, name)):
             raise UserError(f"{name}: expected a number from {low} to {high}, got {getattr(c, name)}")
-    if c.init == "inherit" and c.share != "nested" and len(set(c.ratios)) < len(c.ratios):
-        raise UserError(f"ratios {c.ratios} repeat: equal peers would stay equal for ever; give --init fresh")
+    if c.share == "nested" and c.init == "fresh":
+        raise UserError("init fresh: nested peers share every weight and cannot start apart; use --share none or tree")
+    if c.init == "inherit" and not c.views and len(set(c.ratios)) < len(c.ratios):
+        remedy = "give each its own ratio" if c.share == "nested" else "give --init fresh"
+        raise UserError(f"ratios {c.ratios} repeat: equal peers would stay equal for ever; {remedy}")
     if c.views and c.share == "tree":
         raise UserError("views: peers with a shared trunk must see the same input; use --share none or nested")
     if c.two_pass and c.rule in ("one", "okddip"):

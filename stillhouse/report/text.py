@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stillhouse import units
 from stillhouse.errors import UserError
 from stillhouse.files import strict
+from stillhouse.report import units
+from stillhouse.report.parts import Claim, Report, Student
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
-
-    from stillhouse.report import Claim, Report, Student
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,7 @@ COLUMNS = (
     Column("latency_ms", "Latency", units.milliseconds, -1, "median of one forward pass"),
     Column("compression", "Smaller", units.times, 1, "parameters of the base over parameters"),
     Column("speedup", "Faster", units.times, 1, "latency of the base over latency"),
-    Column(
-        "importance", "ω", lambda v: units.MISSING if units.number(v) is None else f"{v:.2f}", 0, "weight"
-    ),
+    Column("importance", "ω", _fixed, 0, "weight in the ensemble"),
 )
 _BESIDE = {"latency_p10", "latency_p90", "threads", "batch", "repeats"}
 
@@ -123,6 +120,34 @@ class FamilyTable:
         return table
 
 
+def summary(report: Report) -> RenderableType:
+    """The family table, the results, the cost and the claims for the terminal, as wide as it is.
+
+    Args:
+        report: what a run found.
+
+    Returns:
+        Something rich can print.
+
+    Example:
+        >>> from rich.console import Console
+        >>> Console().print(summary(Report("wml", "On digits", "", 0, {}, {"mean_accuracy": 0.93}, [], [])))
+        On digits
+        result: mean accuracy 93.0 %
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text(units.plain(report.title), style="bold")]
+    if report.students:
+        parts.append(FamilyTable(report.students))
+    for name, values in (("result", report.metrics), ("cost", report.cost)):
+        if values:
+            said = " · ".join(f"{label(k)} {units.humanise(k, v)}" for k, v in strict(values).items())
+            parts.append(Text(f"{name}: {said}"))
+    return Group(*parts, *map(claim_line, report.claims))
+
+
 def claim_line(claim: Claim) -> RenderableType:
     from rich.text import Text
 
@@ -132,9 +157,7 @@ def claim_line(claim: Claim) -> RenderableType:
     return Text.assemble((f"{mark}: ", style), units.plain(claim.text), f" ({numbers}{seeds})")
 
 
-def compare(
-    reports: Sequence[Report], labels: Sequence[str] | None = None
-) -> tuple[RenderableType, dict[str, Any]]:
+def compare(reports: Sequence[Report], labels: Sequence[str] | None = None) -> tuple[RenderableType, dict[str, Any]]:
     """Runs side by side: students matched by name, differences of their numbers to the first run, claims.
 
     Args:
@@ -150,9 +173,7 @@ def compare(
     if len(reports) < 2:
         raise UserError(f"compare needs at least two runs, got {len(reports)}; give two run folders")
     names = [units.plain(n) for n in (labels or [r.title for r in reports])]
-    runs = [
-        {"label": n, "system": r.system, "seed": r.seed, "command": r.command} for n, r in zip(names, reports)
-    ]
+    runs = [{"label": n, "system": r.system, "seed": r.seed, "command": r.command} for n, r in zip(names, reports)]
     students: dict[str, Any] = {}
     for name in dict.fromkeys(s.name for r in reports for s in r.students):
         each = [next((s for s in r.students if s.name == name), None) for r in reports]
@@ -165,9 +186,7 @@ def compare(
     claims = []
     for text in dict.fromkeys(c.text for r in reports for c in r.claims):
         found = [next((c for c in r.claims if c.text == text), None) for r in reports]
-        claims.append(
-            {"text": text, "holds": [c and c.holds for c in found], "values": [c and c.value for c in found]}
-        )
+        claims.append({"text": text, "holds": [c and c.holds for c in found], "values": [c and c.value for c in found]})
     data = strict({"runs": runs, "students": students, "claims": claims})
     return _side_by_side(names, data), data
 
@@ -190,9 +209,7 @@ def _side_by_side(names: Sequence[str], data: Mapping[str, Any]) -> RenderableTy
             cells = [Text(_with_change(column, *pair)) for pair in zip(entry["values"], entry["difference"])]
             table.add_row(Text(units.plain(student) if i == 0 else ""), Text(column.title), *cells)
     lines = [
-        Text(
-            f"{units.plain(c['text'])}: " + ", ".join(f"{n} {_verdict(h)}" for n, h in zip(names, c["holds"]))
-        )
+        Text(f"{units.plain(c['text'])}: " + ", ".join(f"{n} {_verdict(h)}" for n, h in zip(names, c["holds"])))
         for c in data["claims"]
     ]
     return Group(table, *lines)

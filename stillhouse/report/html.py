@@ -5,15 +5,42 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from stillhouse import report_plots as plots
-from stillhouse import units
-from stillhouse.report import Claim, Curve, Image, Matrix, Report, Student, Table
-from stillhouse.report_style import STYLE
-from stillhouse.report_text import Column, beside, columns, label, measured_with
+from stillhouse.files import atomic_write, write_json
+from stillhouse.report import plots, units
+from stillhouse.report.parts import Claim, Curve, Image, Matrix, Report, Student, Table
+from stillhouse.report.style import STYLE
+from stillhouse.report.text import Column, beside, columns, label, measured_with
 
 _COSTS = (("params", "parameters"), ("macs", "MACs per sample"), ("latency_ms", "latency, ms"))
+
+
+def write(report: Report, folder: str | Path) -> Path:
+    """Write ``report.json`` and ``report.html`` into a folder, each whole or not at all.
+
+    Args:
+        report: what a run found. folder: made when missing; other files in it stay.
+
+    Returns:
+        The path of the HTML file.
+
+    Raises:
+        UserError: not writable or no space.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as d:
+        ...     path = write(Report("wml", "On digits", "", 0, {}, {}, [], []), d)
+        ...     path.name, Report.read(d).title
+        ('report.html', 'On digits')
+    """
+    folder, data = Path(folder), report.to_json()
+    write_json(folder / "report.json", data)
+    # Drawn from what was written, so that the page made again later is the same page.
+    atomic_write(folder / "report.html", page(Report.from_json(data)))
+    return folder / "report.html"
 
 
 def text(value: Any) -> str:
@@ -114,11 +141,7 @@ def _student(student: Student, shown: Sequence[Column], best: Mapping[str, float
             body = f'<span class="bar" aria-hidden="true"><i style="width:{width:.1f}%"></i></span>{body}'
         small = beside(student, column.key)
         body += f"<small>{text(small)}</small>" if small and value is not None else ""
-        mark = (
-            ' class="best"'
-            if value is not None and value == best[column.key] and student.role == "student"
-            else ""
-        )
+        mark = ' class="best"' if value is not None and value == best[column.key] and student.role == "student" else ""
         cells.append(f"<td{mark}>{body}</td>")
     role = f'<small class="role">{text(student.role)}</small>' if student.role != "student" else ""
     path = f"<small>{name(student.path)}</small>" if student.path else ""
@@ -130,8 +153,7 @@ def _facts(values: Mapping[str, Any]) -> str:
     if not values:
         return ""
     items = "".join(
-        f"<div><dt>{text(label(k))}</dt><dd>{text(units.humanise(k, v))}</dd></div>"
-        for k, v in values.items()
+        f"<div><dt>{text(label(k))}</dt><dd>{text(units.humanise(k, v))}</dd></div>" for k, v in values.items()
     )
     return f'<dl class="facts-grid">{items}</dl>'
 
@@ -156,9 +178,7 @@ def _paretos(students: Sequence[Student]) -> Iterable[str]:
         if len(points) > 1:
             axis = f"{title} ({how})" if how and key == "latency_ms" else title
             svg = plots.cost_quality(points, axis, "accuracy", f"p-{key}")
-            yield _figure(
-                f"Accuracy and {title.split(',')[0]}", svg + '<p class="small">line: Pareto front</p>'
-            )
+            yield _figure(f"Accuracy and {title.split(',')[0]}", svg + '<p class="small">line: Pareto front</p>')
 
 
 def _ends(student: Student, key: str) -> tuple[float | None, float | None]:
@@ -192,9 +212,7 @@ def _matrix(matrix: Matrix) -> str:
             shown = units.MISSING if x is None else f"{x:.2f}" if abs(x) < 100 else units.digits(x)
             cells.append(f'<td style="--heat:{heat:.0f}%">{shown}</td>')
         rows.append(f'<tr><th scope="row">{name(title)}</th>{"".join(cells)}</tr>')
-    table = (
-        f'<table class="heat"><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    )
+    table = f'<table class="heat"><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return _figure(matrix.title, _scroll(matrix.title, table))
 
 
@@ -214,9 +232,7 @@ def _table(table: Table) -> str:
 
 def _image(image: Image) -> str:
     data = base64.b64encode(image.png_bytes).decode()
-    return _figure(
-        image.title, f'<img alt="{text(image.title)}" src="data:image/png;base64,{data}">', " picture"
-    )
+    return _figure(image.title, f'<img alt="{text(image.title)}" src="data:image/png;base64,{data}">', " picture")
 
 
 def _claims(claims: Sequence[Claim]) -> str:
@@ -225,9 +241,7 @@ def _claims(claims: Sequence[Claim]) -> str:
     items = []
     for claim in claims:
         kind, said = ("holds", "holds") if claim.holds else ("fails", "does not hold")
-        numbers = (
-            f"measured {units.humanise('', claim.value)} · threshold {units.humanise('', claim.threshold)}"
-        )
+        numbers = f"measured {units.humanise('', claim.value)} · threshold {units.humanise('', claim.threshold)}"
         seeds = f" · seeds {', '.join(map(str, claim.seeds))}" if claim.seeds else ""
         items.append(
             f'<li class="{kind}"><b>{said}</b><div><bdi>{text(claim.text)}</bdi>'

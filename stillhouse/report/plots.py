@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-from stillhouse import units
-from stillhouse.evaluate import pareto
+from stillhouse.report import units
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 SERIES = 8
@@ -58,9 +57,7 @@ def series_colour(index: int) -> str:
     return f"#1000{index % SERIES:02x}"
 
 
-def lines(
-    series: Mapping[str, tuple[Sequence[Any], Sequence[Any]]], x_label: str, y_label: str, key: str
-) -> str:
+def lines(series: Mapping[str, tuple[Sequence[Any], Sequence[Any]]], x_label: str, y_label: str, key: str) -> str:
     """Lines over a common axis.
 
     Args:
@@ -88,12 +85,12 @@ def cost_quality(points: Sequence[Point], x_label: str, y_label: str, key: str) 
     """Models by cost and quality, the Pareto front joined, every point with its (shortened) name."""
     from matplotlib.ticker import FuncFormatter
 
+    from stillhouse.evaluate import pareto  # brings PyTorch, which no other part of a report needs
+
     front = pareto([(p.cost, p.quality) for p in points])
     with _figure() as (figure, axes):
         best = sorted((p.cost, p.quality) for p, on in zip(points, front) if on)
-        axes.plot(
-            [c for c, _ in best], [q for _, q in best], color=series_colour(0), linewidth=1.2, alpha=0.7
-        )
+        axes.plot([c for c, _ in best], [q for _, q in best], color=series_colour(0), linewidth=1.2, alpha=0.7)
         for point, on in zip(points, front):
             colour = series_colour(0) if on else MUTED
             if point.low is not None and point.high is not None:

@@ -1,4 +1,4 @@
-"""What a run found, in one form for every system: report.json, report.html, a table for the terminal."""
+"""What a run found, as data: the parts of a report, and report.json and back."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from stillhouse import units
 from stillhouse.errors import UserError
-from stillhouse.files import atomic_write, read_json, strict, write_json
-from stillhouse.report_text import FamilyTable, claim_line, compare, label
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-__all__ = ["Claim", "Curve", "Image", "Matrix", "Report", "Student", "Table", "compare"]
+from stillhouse.files import read_json, strict
+from stillhouse.report import units
 
 FORMAT = 1
 NAN = math.nan
@@ -106,7 +100,7 @@ class Report:
     Attributes:
         system, title: which recipe, and what ran. command: exact. seed: one or several. environment: see
             `stillhouse.evaluate.environment`.
-        metrics, cost: names to numbers; the unit comes from the name (`stillhouse.units.humanise`).
+        metrics, cost: names to numbers; the unit comes from the name (`stillhouse.report.units.humanise`).
         claims, students, curves, matrices, tables, images, notes: sections; an empty one is not shown.
 
     Example:
@@ -148,8 +142,7 @@ class Report:
         version = data.get("format", FORMAT)
         if not isinstance(version, int) or version > FORMAT:
             raise UserError(
-                f"{where} has format {version!r}, this version reads up to {FORMAT}; "
-                f"run: pip install -U stillhouse"
+                f"{where} has format {version!r}, this version reads up to {FORMAT}; run: pip install -U stillhouse"
             )
         parts: dict[str, Callable[[Any], Any]] = {
             "claims": lambda c: _made(Claim, c, where),
@@ -160,32 +153,11 @@ class Report:
             "images": lambda i: Image(i["title"], base64.b64decode(i["png"], validate=True)),
         }
         try:
-            return _made(
-                cls, {k: [parts[k](i) for i in v] if k in parts else v for k, v in data.items()}, where
-            )
+            return _made(cls, {k: [parts[k](i) for i in v] if k in parts else v for k, v in data.items()}, where)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
-                f"{where} is damaged ({type(error).__name__}: {error}); run again to make it"
-            ) from None
-
-    def write(self, folder: str | Path) -> Path:
-        """Write ``report.json`` and ``report.html`` into a folder, each whole or not at all.
-
-        Returns:
-            The path of the HTML file.
-
-        Raises:
-            UserError: not writable or no space.
-        """
-        from stillhouse.report_html import page
-
-        folder, data = Path(folder), self.to_json()
-        write_json(folder / "report.json", data)
-        # Drawn from what was written, so that the page made again later is the same page.
-        atomic_write(folder / "report.html", page(Report.from_json(data)))
-        return folder / "report.html"
+            raise UserError(f"{where} is damaged ({type(error).__name__}: {error}); run again to make it") from None
 
     @classmethod
     def read(cls, folder: str | Path) -> Report:
@@ -197,20 +169,6 @@ class Report:
         path = Path(folder)
         path = path if path.suffix == ".json" else path / "report.json"
         return cls.from_json(read_json(path), str(path))
-
-    def summary(self) -> RenderableType:
-        """The family table, claims and cost for the terminal, as wide as it is."""
-        from rich.console import Group
-        from rich.text import Text
-
-        parts: list[RenderableType] = [Text(units.plain(self.title), style="bold")]
-        if self.students:
-            parts.append(FamilyTable(self.students))
-        for name, values in (("result", self.metrics), ("cost", self.cost)):
-            if values:
-                said = " · ".join(f"{label(k)} {units.humanise(k, v)}" for k, v in strict(values).items())
-                parts.append(Text(f"{name}: {said}"))
-        return Group(*parts, *map(claim_line, self.claims))
 
 
 T = TypeVar("T")
@@ -225,9 +183,7 @@ def _made(cls: type[T], data: Any, where: str) -> T:
     lacks = [
         f.name
         for f in fields
-        if f.name not in known
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        if f.name not in known and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if lacks:
         raise UserError(f"{where} lacks {', '.join(lacks)} of a {cls.__name__.lower()}; run again to make it")
