@@ -15,12 +15,13 @@ import json
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common import read, remember, write
-from online_report import ALONE, Results, claims, text
+from online_arms import ARMS, GRID, MUTUAL, SETTINGS, TUNE_SEED, VARIANTS
+from online_report import Results, claims, text
 
 import torch  # isort: skip
 
@@ -28,47 +29,9 @@ from stillhouse.data import Data, Relabelled, load, split
 from stillhouse.engine import Run
 from stillhouse.evaluate import classification, environment
 from stillhouse.models import ModelSpec
-from stillhouse.recipes.wml.experiment import PRESET, poison
+from stillhouse.recipes.wml.experiment import poison
 from stillhouse.recipes.wml.recipe import Config, distill, make_peers, part_data
 from stillhouse.system import fold
-
-ARMS: dict[str, dict[str, Any]] = {
-    "separate": {"rule": "independent", "share": "none"},  # nothing shared, no teaching: what each model does alone
-    "independent": {"rule": "independent"},
-    "dml": {"rule": "dml"},
-    "kdcl-general": {"rule": "kdcl-general"},
-    "one": {"rule": "one"},
-    "okddip": {"rule": "okddip"},
-    "uniform": {"rule": "wml", "eta": 0.0},
-    "wml": {"rule": "wml"},
-    "wml-first-term": {"rule": "wml", "second_term": False},
-    "wml+merge": {"rule": "wml", "merge": 0.2},  # the last fifth of the steps with the held-out part merged in
-}
-VARIANTS = ("clean", "poison", "noise")
-MUTUAL = [a for a in ARMS if a not in ALONE]
-GRID = [(a, r) for a in (0.25, 0.5, 0.75) for r in (0.0, 0.3)]
-TUNE_SEED = 100
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A data set with its network and the settings that all arms have in common."""
-
-    model: str
-    seeds: int
-    steps: int
-    cfg: Config
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-SETTINGS = {
-    "digits": Setting("stillhouse:mlp", 5, 240, PRESET, {"widths": [64, 64]}),
-    "fashion-mnist": Setting(
-        "stillhouse:cnn", 3, 780,
-        Config(ratios=(0.0, 0.3, 0.6, 0.8), trunk=("block1",), lr=0.05, outer_every=5),
-    ),
-    "cifar10": Setting("stillhouse:resnet8", 3, 3120, Config(ratios=(0.0, 0.3, 0.5, 0.7), lr=0.1, alpha=0.3)),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +94,7 @@ def work(task: Task, out: str, device: str) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         data, setting = load_data(task), SETTINGS[task.data]
         cfg = configure(task, data)
-        run = Run(folder, seed=task.seed, device=device, quiet=True)
+        run = Run(folder, seed=task.seed, device=device, channels_last=True, quiet=True)
         spec = ModelSpec(setting.model, len(data.classes), tuple(data.shape), options=setting.options)
         sharing = replace(cfg, share=task.changes.get("share", "tree"))
         make_peers(run, spec.build(seed=task.seed), data.train, sharing)  # kept in the folder: the same for all arms
