@@ -50,7 +50,11 @@ def do_fit(args: Args) -> list[Row]:
     data = images(args)
     t = speed(args, {"hand": by_hand(args, data), "fit": by_fit(args, data)})
     ratio = t["fit"].times_faster_than(t["hand"])
-    return [("fit against a hand-written loop, throughput", ratio, "≥ 0.97", ratio >= 0.97)]
+    used = t["fit"].times_faster_than(t["hand"], processor=True)
+    return [
+        ("fit against a hand-written loop, throughput", ratio, "≥ 0.97", ratio >= 0.97),
+        ("… by processor time", used, "", None),
+    ]
 
 
 def do_torchdistill(args: Args) -> list[Row]:
@@ -63,6 +67,7 @@ def do_torchdistill(args: Args) -> list[Row]:
     return [
         ("fit against torchdistill, eager", eager, "≥ 1.13", eager >= 1.13),
         ("fit with compile + bf16 against torchdistill, eager fp32", fast, "≥ 2", fast >= 2),
+        ("… by processor time", t["fit"].times_faster_than(t["torchdistill"], processor=True), "", None),
         ("torchdistill against the hand-written loop", hand, "(0.86 elsewhere)", None),
     ]
 
@@ -202,9 +207,7 @@ def main() -> None:
     parser.add_argument("what", nargs="+", choices=[*JOBS, "all"])
     parser.add_argument("--student", default="stillhouse:resnet20", help="also the base of the WML peers")
     parser.add_argument("--teacher", default="stillhouse:resnet56")
-    parser.add_argument(
-        "--trunk", nargs="*", default=[], help="for tree: last shared module"
-    )
+    parser.add_argument("--trunk", nargs="*", default=[], help="for tree: last shared module")
     parser.add_argument("--size", type=int, default=32, help="side of the images")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--samples", type=int, default=2048)

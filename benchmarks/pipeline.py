@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 from common import pm, remember, table, write
-from online import SETTINGS, Task, load_data
+from online import Task, load_data
+from online_arms import SETTINGS
 
 import torch  # isort: skip
 from torch import nn

@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -57,31 +57,34 @@ class Stepper:
             raise RuntimeError("fit stopped") from self.error
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timing:
-    """Seconds of each block, by round."""
+    """Seconds of each block, by round: on the clock, and of processor time (which other programs disturb less)."""
 
-    seconds: list[float]
+    seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
         return median(self.seconds)
 
-    def times_faster_than(self, other: Timing) -> float:
+    def times_faster_than(self, other: Timing, *, processor: bool = False) -> float:
         """Median over rounds of the other's time divided by this one's in the same round."""
-        return median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+        mine, theirs = (t.processor if processor else t.seconds for t in (self, other))
+        return median(b / a for a, b in zip(mine, theirs, strict=True))
 
 
 def side_by_side(sides: Mapping[str, Side], repeats: int, warmup: int = 1) -> dict[str, Timing]:
     """Runs every side once per round, in an order that turns round with each, `warmup` rounds untimed first."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    found = {name: Timing() for name in sides}
     for i in range(-warmup, repeats):
         order = list(sides) if i % 2 else list(sides)[::-1]
         for name in order:
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             sides[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if i >= 0:
-                found[name].append(time.perf_counter() - began)
-    return {name: Timing(seconds) for name, seconds in found.items()}
+                found[name].seconds.append(time.perf_counter() - began)
+                found[name].processor.append(time.process_time() - used)
+    return found

@@ -361,5 +361,6 @@ def do_export(args: argparse.Namespace) -> None:
         parity = export(model, torch.zeros(2, *shape), args.to, target)
         print(
             f"{student.name}: {parity.path}  {parity.bytes / 1e6:.2f} MB  "
-            f"max difference to PyTorch {parity.max_abs_diff:.2e} over {parity.samples} samples"
+            f"max difference to PyTorch {parity.max_abs_diff:.2e} (relative {parity.max_rel_diff:.2e}) "
+            f"over {parity.samples} samples"
         )

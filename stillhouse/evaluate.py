@@ -168,8 +168,7 @@ def classification(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, 
     accuracy = right.double().mean().item()
     if not bool(finite.all()):
         return {"accuracy": accuracy, "nll": math.nan, "ece": math.nan, "brier": math.nan}
-    log_q = z.log_softmax(1)
-    q = log_q.exp()
+    log_q, q = z.log_softmax(1), z.softmax(1)
     confidence = q.max(1).values
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right.double() - confidence)
@@ -270,7 +269,12 @@ def latency(model: nn.Module, example: Any, *, threads: int = 1, repeats: int = 
 
     Returns:
         Median and 10th/90th percentile in ms. On CUDA each pass is timed by events after a synchronisation.
+
+    Raises:
+        UserError: no thread or no repeat.
     """
+    if threads < 1 or repeats < 1:
+        raise UserError(f"latency needs threads >= 1 and repeats >= 1, got threads={threads}, repeats={repeats}")
     tensors = list(walk(example))
     device = next((t.device for t in [*model.parameters(), *tensors]), torch.device("cpu"))
     before = torch.get_num_threads()

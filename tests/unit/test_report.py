@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import stillhouse.report
 from stillhouse.errors import UserError
 from stillhouse.report import Claim, Curve, Image, Matrix, Report, Student, Table, compare, summary, write
 from stillhouse.report.plots import Point, cost_quality, lines
@@ -289,3 +294,37 @@ def test_in_a_real_browser(tmp_path: Path, browser: Any, javascript: bool) -> No
         ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
         assert len(ids) == len(set(ids))
     context.close()
+
+
+def test_the_parts_of_the_package_do_not_import_in_circles() -> None:
+    """Imports inside functions and for type checking count as well."""
+    package = Path(stillhouse.report.__file__).parent
+    needs: dict[str, set[str]] = {}
+    for path in package.glob("*.py"):
+        found: list[str] = []
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "stillhouse.report":
+                found += [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stillhouse.report."):
+                found.append(str(node.module).split(".")[2])
+            elif isinstance(node, ast.Import):
+                assert not any(a.name.startswith("stillhouse.report") for a in node.names), path.name
+        needs["" if path.stem == "__init__" else path.stem] = set(found)
+    for name, others in needs.items():  # a name that is no module comes from the package itself
+        assert others <= set(needs), f"{name} imports {others - set(needs)} from the package"
+    order = list(TopologicalSorter(needs).static_order())
+    assert order[-1] == "" and order.index("parts") < min(order.index("text"), order.index("html"))
+
+
+def test_reports_are_read_and_compared_without_heavy_libraries() -> None:
+    code = "import sys, stillhouse.report; print({'torch', 'matplotlib', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_importance_shows_three_decimals_in_both_forms(tmp_path: Path) -> None:
+    report = example()
+    for student, weight in zip(report.students, (0.2514, 0.2496, 0.2488, 0.2502)):
+        student.metrics["importance"] = weight
+    out, html = printed(summary(report)), write(report, tmp_path).read_text()
+    for shown in ("0.251", "0.250", "0.249"):
+        assert shown in out and f"</span>{shown}</td>" in html
