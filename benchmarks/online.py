@@ -94,7 +94,7 @@ def work(task: Task, out: str, device: str) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         data, setting = load_data(task), SETTINGS[task.data]
         cfg = configure(task, data)
-        run = Run(folder, seed=task.seed, device=device, channels_last=True, quiet=True)
+        run = Run(folder, seed=task.seed, device=device, quiet=True)
         spec = ModelSpec(setting.model, len(data.classes), tuple(data.shape), options=setting.options)
         sharing = replace(cfg, share=task.changes.get("share", "tree"))
         make_peers(run, spec.build(seed=task.seed), data.train, sharing)  # kept in the folder: the same for all arms

@@ -95,7 +95,7 @@ def by_fit(args: Args, data: Data, fast: bool = False) -> Stepper:
     options: dict[str, Any] = {"device": args.device}
     if fast:
         teacher.to(memory_format=torch.channels_last).compile()
-        options |= {"compile": True, "precision": "bf16", "channels_last": True}
+        options |= {"compile": True, "precision": "bf16"}
     system = Distill(network(args.student, args), Frozen(teacher), alpha=ALPHA, T=T, optimizer=SGD)
     return Stepper(system, Batches(data.train, args.batch, augment=False), args.block, **options)
 

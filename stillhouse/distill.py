@@ -13,7 +13,7 @@ from stillhouse import teachers
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, logits_of
 from stillhouse.objectives import cross_entropy, kl
-from stillhouse.system import Batch, Clock, Schedule, System, Teacher, Terms, Update, map_tensors
+from stillhouse.system import Batch, Clock, Schedule, System, Teacher, Terms, Update
 
 
 class Distill(System):
@@ -31,7 +31,6 @@ class Distill(System):
         lr: factor on the learning rate as a function of the clock.
         clip: largest gradient norm.
         label_smoothing: of the label term.
-        channels_last: memory format for convolutional students.
 
     Raises:
         UserError: a bare module as teacher, settings out of range, nothing to train, classes that differ.
@@ -54,7 +53,6 @@ class Distill(System):
         lr: Schedule | None = None,
         clip: float | None = None,
         label_smoothing: float = 0.0,
-        channels_last: bool = False,
     ):
         super().__init__()
         if isinstance(teacher, nn.Module):
@@ -70,14 +68,8 @@ class Distill(System):
                 "Distill: the student has no trainable parameter; if it is also the teacher, give "
                 "Frozen(model, copy=True) before its parameters are frozen"
             )
-        self.student = student.to(memory_format=torch.channels_last) if channels_last else student
-        self.teacher = teacher
-        self.alpha, self.T, self.label_smoothing, self.channels_last = (
-            alpha,
-            T,
-            label_smoothing,
-            channels_last,
-        )
+        self.student, self.teacher = student, teacher
+        self.alpha, self.T, self.label_smoothing = alpha, T, label_smoothing
         self._optimizer = optimizer or partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
         self._lr, self._clip = lr, clip
 
@@ -87,7 +79,7 @@ class Distill(System):
 
     def learn(self, batch: Batch, clock: Clock) -> Terms:
         """Terms ``label`` and ``teach``, already weighted by 1−α and α; notes the accuracy on the batch."""
-        z = logits_of(call(self.student, map_tensors(batch["input"], self._laid_out)))
+        z = logits_of(call(self.student, batch["input"]))
         label = cross_entropy(z, batch["label"], self.label_smoothing).mean()
         correct = (z.detach().argmax(-1) == batch["label"]).float().mean()
         if self.alpha == 0 or self.teacher is None:
@@ -99,7 +91,3 @@ class Distill(System):
     def outcome(self) -> Any:
         """The student."""
         return self.student
-
-    def _laid_out(self, x: Tensor) -> Tensor:
-        channels_last = self.channels_last and x.dim() == 4
-        return x.contiguous(memory_format=torch.channels_last) if channels_last else x

@@ -76,7 +76,9 @@ class _Fit:
         self.run, self.name, self.system, self.source = run, name, system, source
         self.steps, self.evaluate = steps, evaluate
         self.system.to(run.device)
-        if run.channels_last:
+        convolves = any(p.dim() == 4 and p.shape[1] > 1 for p in system.parameters())
+        self.channels_last = convolves if run.channels_last is None else run.channels_last
+        if self.channels_last:
             self.system.to(memory_format=torch.channels_last)
         self.updates = list(system.updates())
         self.optimizers = {u.name: u.optimizer(u.params) for u in self.updates}
@@ -241,13 +243,13 @@ class _Fit:
         return parts, [_count(p) for p in parts]
 
     def to_device(self, batch: Batch) -> Batch:
-        if self.run.device.type == "cpu" and not self.run.channels_last:
+        if self.run.device.type == "cpu" and not self.channels_last:
             return batch
         return _lazily(batch, self.move)
 
     def move(self, t: Tensor) -> Tensor:
         t = t.to(self.run.device, non_blocking=True)
-        image = self.run.channels_last and t.dim() == 4
+        image = self.channels_last and t.dim() == 4
         return t.contiguous(memory_format=torch.channels_last) if image else t
 
     def reduce(self, update: Update, count: int, stop: bool) -> bool:

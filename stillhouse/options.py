@@ -32,7 +32,7 @@ class Options:
     device: str = "auto"  # auto, cpu, cuda, mps
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type
     compile: bool = False  # torch.compile the networks
-    channels_last: bool = False  # keep images in channels-last memory order
+    channels_last: bool | None = None  # channels-last memory order (default: where there are convolutions)
     micro_batch: int | None = None  # most samples in one forward pass; steps stay one global batch
     workers: int = 0  # threads that read data ahead
     log_every: int = 10  # steps between rows of the log

@@ -26,7 +26,8 @@ class Run:
         device: "auto" (GPU when there is one), "cpu", "cuda", "mps".
         precision: "fp32", or autocast to "bf16" / "fp16" (with loss scaling).
         compile: pass the System's modules through ``torch.compile``.
-        channels_last: keep image weights and inputs in channels-last memory order.
+        channels_last: keep convolutions and images in channels-last memory order, which is faster; None does so
+            where the System has convolutions.
         micro_batch: largest number of samples in one forward pass; a step stays one global batch.
         workers: threads that prepare batches ahead, for data that is read from files.
         checkpoint_every: steps between checkpoints; None saves once a minute. Never changes the result.
@@ -48,7 +49,7 @@ class Run:
         device: str = "auto",
         precision: Precision = "fp32",
         compile: bool = False,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
         micro_batch: int | None = None,
         workers: int = 0,
         checkpoint_every: int | None = None,

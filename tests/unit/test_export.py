@@ -361,7 +361,7 @@ def test_a_pickle_is_no_student(student: Path) -> None:
 @pytest.mark.parametrize("name", ["../out", "/etc/out", "a/b", "a\\b", "..", ".", "", "C:out", "a\0b"])
 def test_names_that_would_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     home = tmp_path / "run"
-    family = Family([Member(name, small(), Plan([], ""), 1.0)], (4,), ("a", "b", "c"), small())
+    family = Family([Member(name, small(), Plan((), ""), 1.0)], (4,), ("a", "b", "c"), small())
     with pytest.raises(UserError, match="would leave"):
         family.save(home)
     assert not list(tmp_path.iterdir())

@@ -44,7 +44,7 @@ class Config:
     neumann: int = 0  # further terms of the implicit hypergradient
     gamma: float = 0.0  # inner step size of the hypergradient; 0 takes m times the learning rate
     held_out: float = 0.1  # part of the training data that the importance is judged on
-    outer_batch: int = 0  # held-out samples per importance update; 0 takes the batch size
+    outer_batch: int = 0  # samples of either kind per importance update; 0 takes half the batch
     epochs: float = 30.0  # passes over the training data
     merge_epochs: float = 0.0  # further passes with the held-out part merged in and the importance frozen
     batch: int = 128  # samples per step, over all processes

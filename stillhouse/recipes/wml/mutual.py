@@ -144,7 +144,10 @@ class Mutual(System):
 
     def importance(self, batch: Batch, clock: Clock) -> Gradients:
         """Equation (4): how each peer's importance moves the held-out loss of the weighted ensemble."""
-        h = self.hypergradient(batch["train"], batch["held_out"], clock)
+        held_out = batch["held_out"]
+        # As many training samples, evenly spaced: processes that share the batch then choose the same ones together.
+        every = max(1, len(batch["train"]["label"]) // len(held_out["label"]))
+        h = self.hypergradient({k: v[::every] for k, v in batch["train"].items()}, held_out, clock)
         omega = self.omega.detach()
         return Gradients(
             [h.total],

@@ -84,7 +84,7 @@ def distill(
     def source(samples: Samples) -> Source:
         parts: dict[str, Source] = {"train": Batches(samples, cfg.batch, copies=len(peers) if cfg.views else 1)}
         if held is not None:
-            parts["held_out"] = Batches(held, cfg.outer_batch or cfg.batch, augment=False)
+            parts["held_out"] = Batches(held, cfg.outer_batch or -(-cfg.batch // 2), augment=False)
         return prefetch(together(**parts), run.workers) if run.workers else together(**parts)
 
     stages = [("mutual", source(train), cfg.epochs)]
