@@ -85,7 +85,8 @@ class Costs:
         lengths = np.array([len(unit) for unit in index])[order]
         places: list[tuple[Place, int]] = [((path, axis), 1)]
         if axis == "heads":
-            places += [((p, a), len(i)) for p, a, i in expand(self.model, path, axis, (0,))]
+            stored = expand(self.model, path, axis, (0,))
+            places += [((p, a), len(i)) for p, a, i in stored if p != path]  # its own rows go as its heads do
         for place, each in places:
             lost = np.concatenate([[0], np.cumsum(lengths * each)])
             self.widths[place] = width_of(self.model, *place)
@@ -94,7 +95,7 @@ class Costs:
     def _params(self, whole: Sequence[str]) -> list[tuple[int, tuple[Place, ...]]]:
         cut: dict[str, list[Place]] = {}
         for path, axis in self.widths:
-            where = layout(part(self.model, path), axis) if axis != "heads" else None
+            where = layout(part(self.model, path), axis)
             for leaf in where.dims if where else ():
                 cut.setdefault(".".join(p for p in (path, leaf) if p), []).append((path, axis))
         named = self.model.named_parameters()

@@ -68,7 +68,7 @@ def call(model: nn.Module, example: Any) -> Any:
 
 
 def plain(model: nn.Module, group: Group) -> Iterator[Member]:
-    """A group's members, with heads written as rows and columns of plain layers."""
+    """A group's members, with heads written as the rows and columns of tensors that hold them."""
     for m in group.members:
         if m.axis != "heads":
             yield m

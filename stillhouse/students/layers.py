@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -14,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from stillhouse.errors import UserError, did_you_mean
+from stillhouse.students.attention import timm_attention, torch_attention
 
 Axis = Literal["out", "in", "heads"]
 Index = tuple[int, ...]
@@ -28,7 +28,7 @@ class Layout:
     """How one axis of a layer is stored.
 
     Attributes:
-        width: channels on this axis.
+        width: channels on this axis (on "heads" the rows of the packed projection).
         dims: tensor name inside the module -> dimension that runs over the channels ("": the tensor itself).
         attrs: integer attributes of the module that hold the width.
     """
@@ -62,6 +62,11 @@ def layout(module: nn.Module | nn.Parameter, axis: Axis) -> Layout | None:
         return Layout(module.shape[wide[-1]], {"": wide[-1]}, ()) if wide and axis == "out" else None
     if is_parametrized(module):
         return None
+    if axis == "heads":
+        if not torch_attention(module):
+            return None
+        rows = len(cast(nn.MultiheadAttention, module).in_proj_weight)
+        return Layout(rows, {"in_proj_weight": 0, "in_proj_bias": 0}, ())
     if isinstance(module, _ConvNd):
         return _conv(module, axis)
     if isinstance(module, nn.Linear):
@@ -132,24 +137,27 @@ def under(path: str, prefixes: Sequence[str]) -> str | None:
 
 
 def attention(module: object) -> bool:
-    """Whether a module is timm's plain multi-head attention, whose heads can be cut."""
-    timm = sys.modules.get("timm.layers.attention")  # a model that holds one has imported it
-    if timm is None or not isinstance(module, timm.Attention) or type(module).forward is not timm.Attention.forward:
-        return False
-    return hasattr(module, "attn_dim") and isinstance(module.norm, nn.Identity)
+    """Whether the heads of a module can be cut: timm's plain attention, or nn.MultiheadAttention."""
+    return timm_attention(module) or torch_attention(module)
 
 
 def expand(model: nn.Module, path: str, axis: Axis, index: Sequence[int]) -> list[tuple[str, Axis, Index]]:
-    """The same cut in terms of plain layers: heads become rows of qkv (and gate) and columns of proj."""
+    """The same cut in terms of stored tensors: heads become rows of qkv (and gate) and columns of proj."""
     if axis != "heads":
+        owner = path.rpartition(".")[0]
+        if path and isinstance(part(model, owner), nn.MultiheadAttention):
+            raise UserError(f"{path}: cut its nn.MultiheadAttention by heads instead, Keep({owner!r}, 'heads', …)")
         return [(path, axis, tuple(index))]
     attn = part(model, path)
     if not attention(attn):
-        raise UserError(f"{path}: {type(attn).__name__} has no heads to cut; only timm.layers.Attention has")
+        known = "timm.layers.Attention and nn.MultiheadAttention (without kdim, vdim, add_bias_kv, add_zero_attn)"
+        raise UserError(f"{path}: {type(attn).__name__} has no heads to cut; {known} have")
     heads, width = int(cast(nn.Module, attn).num_heads), int(cast(nn.Module, attn).head_dim)  # type: ignore[arg-type]
     inner = tuple(h * width + j for h in index for j in range(width))
     rows = tuple(third * heads * width + i for third in range(3) for i in inner)
     dot = path + "." if path else ""
+    if torch_attention(attn):
+        return [(path, axis, rows), (dot + "out_proj", "in", inner)]
     cuts: list[tuple[str, Axis, Index]] = [(dot + "qkv", "out", rows), (dot + "proj", "in", inner)]
     if getattr(attn, "gate", None) is not None:
         cuts.append((dot + "gate", "out", inner))

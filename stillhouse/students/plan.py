@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
+from stillhouse.students.attention import resize_heads
 from stillhouse.students.layers import Axis, expand, layout, part, set_width, tensors, width_of
 
 __all__ = ["Axis", "Keep", "Plan", "bare_copy", "signature", "take"]
@@ -67,7 +68,7 @@ class Keep:
     Attributes:
         module: path of the layer in the base (or of a bare parameter that scales channels).
         axis: "out" for the channels a layer makes (norms and depthwise convolutions too), "in" for those it
-            reads, "heads" for the heads of timm's attention.
+            reads, "heads" for the heads of timm's attention and of nn.MultiheadAttention.
         index: kept channel indices of the base, ascending.
     """
 
@@ -150,7 +151,8 @@ class Plan:
     def build(self, base: nn.Module) -> nn.Module:
         """A new, smaller dense network with the kept weights and buffers; the base is not touched.
 
-        The result has the base's class and state-dict names. Hooks are not copied.
+        The result has the base's class and state-dict names. Hooks are not copied. An nn.MultiheadAttention that
+        loses heads becomes a `HeadAttention`.
 
         Raises:
             UserError: the network is not the plan's base, or a layer cannot be cut as asked.
@@ -174,9 +176,7 @@ class Plan:
                 set_width(model.get_submodule(path), axis, len(index))
         for edit in self.edits:
             if edit.axis == "heads":
-                attn = model.get_submodule(edit.module)
-                attn.num_heads = len(edit.index)  # type: ignore[assignment]
-                attn.attn_dim = len(edit.index) * cast(int, attn.head_dim)  # type: ignore[assignment]
+                model = resize_heads(model, edit.module, len(edit.index))
         return model
 
     def masked(self, base: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from stillhouse.errors import UserError
+from stillhouse.students.attention import torch_attention
 from stillhouse.students.costs import Costs, Measure, macs_by_module
 from stillhouse.students.groups import Group, Member, assemble, plain
 from stillhouse.students.layers import layout, part, under
@@ -99,6 +100,10 @@ def score_groups(
         f"{path}.weight" if path else "weight": module.weight
         for path, module in model.named_modules()
         if isinstance(module, _ConvNd | nn.Linear) and isinstance(module.weight, nn.Parameter)
+    } | {
+        f"{path}.in_proj_weight" if path else "in_proj_weight": module.in_proj_weight
+        for path, module in model.named_modules()
+        if torch_attention(module)
     }
     if method == "snip":
         if loss is None:
@@ -114,11 +119,12 @@ def score_groups(
 def _group_score(model: nn.Module, group: Group, sizes: dict[str, Tensor]) -> Tensor:
     score = torch.zeros(group.size, dtype=torch.float64)
     for member in plain(model, group):
-        name = f"{member.module}.weight" if member.module else "weight"
         where = layout(part(model, member.module), member.axis)
-        if name in sizes and where is not None:
-            others = [d for d in range(sizes[name].dim()) if d != where.dims["weight"]]
-            score += _by_unit(sizes[name].sum(others, dtype=torch.float64), member)
+        for leaf, dim in where.dims.items() if where else ():
+            name = f"{member.module}.{leaf}" if member.module else leaf
+            if name in sizes:
+                others = [d for d in range(sizes[name].dim()) if d != dim]
+                score += _by_unit(sizes[name].sum(others, dtype=torch.float64), member)
     if not torch.isfinite(score).all():
         raise UserError(f"{group.name}: its scores are not finite; check the loss and the weights")
     return score

@@ -104,12 +104,10 @@ def _unsupported(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         kind = type(module).__name__
         own = list(module.parameters(recurse=False))
-        if isinstance(module, nn.MultiheadAttention):
-            yield (
-                name,
-                "nn.MultiheadAttention cannot lose heads (their size is fixed to embed_dim / num_heads)",
-            )
-        elif name.rpartition(".")[0] in parents:
+        if isinstance(module, nn.MultiheadAttention) and not attention(module):
+            variants = "kdim, vdim, add_bias_kv, add_zero_attn, changed weights or a forward of its own"
+            yield name, f"an nn.MultiheadAttention with {variants} cannot lose heads"
+        elif name in parents or name.rpartition(".")[0] in parents:
             continue
         elif isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
             yield name, f"a {kind} with {module.groups} groups that is not depthwise cannot be sliced"
@@ -122,7 +120,7 @@ def _unsupported(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _transformer_groups(model: nn.Module) -> Iterator[Group]:
-    """Attention heads of timm, and hidden units between two linear layers of an MLP."""
+    """Attention heads, and hidden units between two linear layers of an MLP."""
     for name, module in model.named_modules():
         dot = name + "." if name else ""
         if attention(module):

@@ -263,6 +263,43 @@ def test_transformer_students(share):
     students_match(build(vit(), share, (), (0.0, 0.3, 0.5), rand(2, 2, 16, 16)), rand(3, 2, 16, 16))
 
 
+def torchvision_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10).double()
+    shake(model, size=0.2)
+    return model
+
+
+@pytest.mark.parametrize("share", ["tree", "nested", "none"])
+def test_torchvision_transformer_loses_heads(share):
+    from stillhouse.students.attention import HeadAttention
+
+    x = rand(3, 3, 32, 32)
+    cut = ("encoder.layers.encoder_layer_0",) if share == "tree" else ()
+    peers = build(torchvision_vit(), share, cut, (0.0, 0.4, 0.6), x[:2])
+    small = peers.student(2)
+    assert sum(isinstance(m, HeadAttention) for m in small.modules()) == (1 if share == "tree" else 2)
+    assert list(small.state_dict()) == list(torchvision_vit().state_dict())
+    students_match(peers, x)
+    params = {k: p.detach().clone() for k, p in peers.trained().items()}
+    for name in [k for k in params if k.endswith(("in_proj_weight", "out_proj/weight", "out_proj.weight"))]:
+        moved = functional_call(peers, {**params, name: params[name] + 0.5 * rand(*params[name].shape)}, (x,))
+        assert not torch.allclose(moved, peers(x)), name
+
+
+def test_fresh_peers_have_attention_of_their_own():
+    base, x = torchvision_vit(), rand(2, 3, 32, 32)
+    plans, _, _ = plan_peers(base, x[:1], (0.0, 0.5), score="l1")
+    peers = build_peers(base, plans, x, share="none", fresh=True, seeds=(1, 2))
+    name = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
+    for i, plan in enumerate(plans):
+        assert not torch.isin(peers.tensors(i)[name], base.get_parameter(name)).any()
+        assert peers.tensors(i)[name].shape == plan.build(base).get_parameter(name).shape
+
+
 # -- networks of the libraries ----------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stillhouse.errors import UserError
+from stillhouse.students.attention import HeadAttention, resize_heads
 from stillhouse.students.plan import Keep, Plan, bare_copy, signature, take
 
 
@@ -179,3 +180,87 @@ def test_transposed_convolution_and_frozen_weights() -> None:
     small = plan.build(net)
     assert small[0].weight.shape == (3, 2, 2, 2) and not small[0].weight.requires_grad
     torch.testing.assert_close(small(X), plan.masked(net)(X), rtol=1e-12, atol=1e-12)
+
+
+# -- heads of nn.MultiheadAttention ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("weights", [True, False])
+@torch.no_grad()
+def test_all_heads_of_torch_attention(bias: bool, batch_first: bool, weights: bool) -> None:
+    """HeadAttention on whole tensors is nn.MultiheadAttention, for every way of calling it."""
+    torch.manual_seed(0)
+    whole = nn.MultiheadAttention(12, 3, bias=bias, batch_first=batch_first).double()
+    same = resize_heads(bare_copy(whole), "", 3)
+    assert type(same) is HeadAttention and list(same.state_dict()) == list(whole.state_dict())
+    q, kv = torch.randn(4, 4, 12).double(), torch.randn(4, 4, 12).double()
+    causal = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
+    padded = torch.zeros(4, 4, dtype=torch.bool)
+    padded[:, 3] = True
+    for args in ((q, q, q), (q, kv, kv), (q, kv, q), (q[0], q[0], q[0])):
+        pad = padded if args[0].dim() == 3 else padded[0]
+        for masks in (
+            {},
+            {"attn_mask": causal},
+            {"attn_mask": causal < 0, "is_causal": True},
+            {"key_padding_mask": pad},
+        ):
+            for mean in (True, False):
+                a, b = (m(*args, need_weights=weights, average_attn_weights=mean, **masks) for m in (same, whole))
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    mixed = {"attn_mask": causal < 0, "key_padding_mask": padded, "need_weights": weights}
+    torch.testing.assert_close(same(q, q, q, **mixed), whole(q, q, q, **mixed), rtol=1e-10, atol=1e-10)
+    with pytest.raises(UserError, match="one mask per head"):
+        same(q, q, q, attn_mask=torch.zeros(12, 4, 4))
+
+
+def test_heads_of_torch_attention_are_rows_and_columns() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.attn = nn.MultiheadAttention(12, 3, 0.25, batch_first=True).double()  # type: ignore[assignment]
+    net.attn.in_proj_weight.requires_grad_(False)
+    plan = Plan((Keep("attn", "heads", (0, 2)),), signature(net))
+    small, rows = plan.build(net).train().attn, [0, 1, 2, 3, 8, 9, 10, 11]
+    for a, b in zip(small.in_proj_weight.chunk(3), net.attn.in_proj_weight.chunk(3), strict=True):
+        assert torch.equal(a, b[rows])
+    assert torch.equal(small.out_proj.weight, net.attn.out_proj.weight[:, rows])
+    assert torch.equal(small.out_proj.bias, net.attn.out_proj.bias)
+    assert (small.num_heads, small.head_dim, small.embed_dim, small.out_proj.in_features) == (2, 4, 12, 8)
+    assert (small.dropout, small.batch_first, small.in_proj_weight.requires_grad) == (0.25, True, False)
+    assert type(net.attn) is nn.MultiheadAttention and type(Plan.identity(net).build(net).attn) is type(net.attn)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    masked = plan.masked(net).eval().attn
+    torch.testing.assert_close(small.eval()(x, x, x)[0], masked(x, x, x)[0], rtol=1e-12, atol=1e-12)
+    # Dropout: with all values one, the output before out_proj is the mean over kept weights, 1 in expectation.
+    with torch.no_grad():
+        small.in_proj_bias[-8:] = 1.0
+        small.in_proj_weight[-8:] = 0.0
+        small.out_proj.weight.zero_().fill_diagonal_(1.0)
+        small.out_proj.bias.zero_()
+        long = torch.zeros(8, 200, 12, dtype=torch.float64)
+        for need in (True, False):
+            assert torch.allclose(
+                small.eval()(long, long, long, need_weights=need)[0][..., :8], torch.tensor(1.0).double()
+            )
+            out = small.train()(long, long, long, need_weights=need)[0][..., :8]
+            assert out.std() > 0.01 and abs(out.mean() - 1) < 0.01
+    for edit in (Keep("attn", "out", (0,)), Keep("attn.out_proj", "in", (0,))):
+        with pytest.raises(UserError, match="attn"):
+            Plan((edit,), signature(net)).build(net)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_export_of_a_vit_without_some_heads(format: str, tmp_path) -> None:
+    from torchvision.models import VisionTransformer
+
+    from stillhouse.export import export
+
+    torch.manual_seed(0)
+    net = VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10).eval()
+    nn.init.normal_(net.heads.head.weight)
+    names = [f"encoder.layers.encoder_layer_{i}.self_attention" for i in (0, 1)]
+    plan = Plan((Keep(names[0], "heads", (1,)), Keep(names[1], "heads", (0, 2, 3))), signature(net))
+    parity = export(plan.build(net), torch.randn(2, 3, 32, 32), tmp_path / "vit", format)
+    assert parity is not None

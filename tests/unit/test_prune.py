@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from stillhouse.errors import UserError
-from stillhouse.students.plan import Plan, take
+from stillhouse.students.plan import Keep, Plan, signature, take
 from stillhouse.students.prune import Group, find_groups, fit_budget, score_groups
 
 ZOO = [
@@ -96,8 +96,9 @@ def zeroed(plan: Plan, model: nn.Module) -> nn.Module:
                 gone = sorted(set(range(m.weight.shape[1])) - set(e.index))
                 m.weight[:, gone] = 0
             elif e.axis == "heads":
+                proj = m.out_proj if isinstance(m, nn.MultiheadAttention) else m.proj
                 for h in sorted(set(range(m.num_heads)) - set(e.index)):
-                    m.proj.weight[:, h * m.head_dim : (h + 1) * m.head_dim] = 0
+                    proj.weight[:, h * m.head_dim : (h + 1) * m.head_dim] = 0
     return full
 
 
@@ -315,7 +316,7 @@ def test_layer_norm_groups_run_though_their_statistics_move() -> None:
     assert plan.build(net)[1].normalized_shape == (5,) and plan.build(net)(x).shape == (2, 3)
 
 
-def test_parametrised_tied_and_attention_layers_stay_whole() -> None:
+def test_parametrised_and_tied_layers_stay_whole() -> None:
     net = Residual()
     torch.nn.utils.parametrizations.weight_norm(net.two)
     groups, said = find_groups(net, X8[:1])
@@ -324,28 +325,145 @@ def test_parametrised_tied_and_attention_layers_stay_whole() -> None:
     tied[2].weight = tied[0].weight
     groups, said = find_groups(tied, torch.zeros(1, 6))
     assert groups == [] and any("shares its weights" in s for s in said)
-    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    groups, said = find_groups(block, torch.randn(1, 3, 8))
-    assert [(g.name, g.size) for g in groups] == [("linear1", 16)]
-    assert any(s.startswith("self_attn: nn.MultiheadAttention cannot lose heads") for s in said)
 
 
-def test_torchvision_vit_loses_mlp_units_only() -> None:
+def vit(**options: object) -> nn.Module:
+    """A small torchvision ViT with random biases, for zeros would hide mistakes."""
     from torchvision.models import VisionTransformer
 
     torch.manual_seed(0)
-    net = VisionTransformer(16, 8, 2, 2, 12, 24, num_classes=4)
-    x = torch.randn(2, 3, 16, 16)
-    groups, said = find_groups(net, x[:1])
-    assert [g.size for g in groups] == [24, 24]
-    assert sum("cannot lose heads" in s for s in said) == 2
-    plan, budget = fit_budget(net, x[:1], groups, score_groups(net, groups, "l1"), 0.2)
-    small = plan.build(net).eval()
-    torch.testing.assert_close(small(x), zeroed(plan, net).eval()(x), rtol=1e-5, atol=1e-5)
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    assert budget.reached == macs(small, x)
-    torch.backends.mha.set_fastpath_enabled(before)
+    sizes = {"num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64, "num_classes": 10} | options
+    net = VisionTransformer(32, 8, **sizes)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() == 1 or not p.any():
+                p.uniform_(-0.5, 0.5)
+    return net.eval()
+
+
+VIT_X = torch.linspace(-2, 2, 2 * 3 * 32 * 32).view(2, 3, 32, 32).sin()
+
+
+@pytest.fixture(scope="module")
+def vit_case() -> Case:
+    net = vit()
+    groups, whole = find_groups(net, VIT_X[:1])
+    scores = score_groups(net, groups, "snip", ce(VIT_X, torch.arange(2)))
+    return Case(net, VIT_X, groups, whole, scores)
+
+
+@torch.no_grad()
+def test_torchvision_vit_groups_and_head_scores(vit_case: Case) -> None:
+    net, layer = vit_case.model, "encoder.layers.encoder_layer_{}.{}"
+    wanted = [(layer.format(i, n), size) for i in (0, 1) for n, size in (("self_attention", 4), ("mlp.0", 64))]
+    assert [(g.name, g.size) for g in vit_case.groups] == wanted
+    assert not any("self_attention" in s for s in vit_case.whole)
+    w = net.get_submodule(wanted[0][0])
+    rows, columns = w.in_proj_weight.view(3, 4, 8, 32).abs(), w.out_proj.weight.view(32, 4, 8).abs()
+    l1 = score_groups(net, vit_case.groups, "l1")[0]
+    torch.testing.assert_close(l1, (rows.sum((0, 2, 3)) + columns.sum((0, 2))).double(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("measure", ["macs", "params"])
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.75])
+def test_torchvision_vit_meets_budgets_exactly(vit_case: Case, ratio: float, measure: str) -> None:
+    net, x = vit_case.model, vit_case.x
+    plan, budget = vit_case.fit(ratio, measure=measure)
+    assert budget.met and {"heads", "out"} <= {e.axis for e in plan.edits}
+    assert Plan.from_json(plan.to_json()) == plan
+    small = plan.build(net)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its one kernel is not counted
+    found = [macs(m, x) if measure == "macs" else sum(p.numel() for p in m.parameters()) for m in (net, small)]
+    torch.backends.mha.set_fastpath_enabled(fast)
+    assert found == [budget.base, budget.reached] and abs(budget.error) < 0.03
+    torch.testing.assert_close(small(x), zeroed(plan, net)(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small(x), plan.masked(net)(x), rtol=1e-5, atol=1e-5)
+    assert (small(x) - net(x)).abs().max() > 1e-2
+    slices = plan.slices(net)
+    shared = functional_call(small, {n: take(p, slices[n]) for n, p in net.named_parameters()}, (x,))
+    torch.testing.assert_close(shared, small(x), rtol=0, atol=0)
+    assert [(n, t.shape) for n, t in small.state_dict().items()] == [
+        (n, take(t, slices[n]).shape) for n, t in net.state_dict().items()
+    ]
+
+
+def test_torchvision_vit_plans_are_nested(vit_case: Case) -> None:
+    def gone(plan: Plan) -> set[tuple[str, str, int]]:
+        whole = {(g.name, m.axis): g.size for g in vit_case.groups for m in g.members[:1]}
+        edits = [(e, whole[e.module, e.axis]) for e in plan.edits if (e.module, e.axis) in whole]
+        return {(e.module, e.axis, i) for e, n in edits for i in set(range(n)) - set(e.index)}
+
+    cuts = [gone(vit_case.fit(r)[0]) for r in (0.2, 0.4, 0.6, 0.8)]
+    assert all(a < b for a, b in itertools.pairwise(cuts))
+
+
+@torch.no_grad()
+def test_a_cut_vit_can_be_cut_again(vit_case: Case) -> None:
+    once = vit_case.fit(0.3)[0].build(vit_case.model)
+    groups, _ = find_groups(once, VIT_X[:1])
+    assert sum(g.members[0].axis == "heads" for g in groups) == 2
+    plan, budget = fit_budget(once, VIT_X[:1], groups, score_groups(once, groups, "l1"), 0.4)
+    twice = plan.build(once)
+    torch.testing.assert_close(twice(VIT_X), plan.masked(once)(VIT_X), rtol=1e-5, atol=1e-5)
+    assert budget.reached == macs(twice, VIT_X)
+
+
+def test_gradients_of_a_cut_vit_have_tangents_and_those_of_the_masked_one() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    net, x = vit().double(), VIT_X.double()
+    name = "encoder.layers.encoder_layer_0.self_attention"
+    plan = Plan((Keep(name, "heads", (1, 3)),), signature(net))
+    small, slices = plan.build(net), plan.slices(net)
+    weights = dict(small.named_parameters())
+    g = torch.Generator().manual_seed(1)
+    move = {n: torch.randn(w.shape, generator=g, dtype=w.dtype) for n, w in weights.items()}
+    loss = lambda w: functional_call(small, w, (x,)).sin().sum()  # noqa: E731
+    with sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(loss, (weights,), (move,))
+        grads = torch.autograd.grad(loss(weights), list(weights.values()))
+        whole = plan.masked(net)
+        full = torch.autograd.grad(whole(x).sin().sum(), list(whole.parameters()))
+    torch.testing.assert_close(tangent, sum((a * b).sum() for a, b in zip(grads, move.values())))
+    for (n, _), a, b in zip(net.named_parameters(), grads, full, strict=True):
+        torch.testing.assert_close(a, take(b, slices[n]), msg=n)
+
+
+def test_attention_without_a_packed_weight_or_with_extra_tokens_stays_whole() -> None:
+    class Net(nn.Module):
+        def __init__(self, **options: object) -> None:
+            super().__init__()
+            self.attn, self.fc = nn.MultiheadAttention(8, 4, batch_first=True, **options), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x[..., : self.attn.kdim]
+            return self.fc(x + self.attn(x, y, y)[0])
+
+    x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    assert [g.name for g in find_groups(Net(), x)[0]] == ["attn"]
+    for options in ({"kdim": 6, "vdim": 6}, {"add_bias_kv": True}, {"add_zero_attn": True}):
+        groups, said = find_groups(Net(**options), x)
+        assert groups == [] and any(s.startswith("attn: an nn.MultiheadAttention with kdim") for s in said)
+        with pytest.raises(UserError, match="attn: .*no heads to cut"):
+            Plan((Keep("attn", "heads", (0,)),), signature(Net(**options))).build(Net(**options))
+
+
+@torch.no_grad()
+def test_transformer_encoder_loses_heads_also_under_padding() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)
+    net = nn.TransformerEncoder(layer, 2).eval()
+    x, padded = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    groups, _ = find_groups(net, x)
+    assert [g.size for g in groups] == [4, 16, 4, 16]
+    plan, _ = fit_budget(net, x, groups, score_groups(net, groups, "l1"), 0.4)
+    assert "heads" in {e.axis for e in plan.edits}
+    small, full = plan.build(net), plan.masked(net)
+    torch.testing.assert_close(small(x), full(x), rtol=1e-5, atol=1e-5)
+    a, b = (m(x, src_key_padding_mask=padded)[~padded] for m in (small, full))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 # ----------------------------------------------------------------- scores

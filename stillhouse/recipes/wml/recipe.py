@@ -14,8 +14,9 @@ From Python, with a network and data of your own::
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -93,14 +94,16 @@ def distill(
     lengths = [max(1, round(epochs * s.steps_per_epoch)) for _, s, epochs in stages]
     learner.first = round(cfg.warmup * stages[0][1].steps_per_epoch)
     learner.total = sum(lengths)
+    logs: list[dict[str, Any]] = []
     for (name, stage, _), steps in zip(stages, lengths, strict=True):
         learner.search = learner.search and name == "mutual"
         if name == "merge" and carved:
             learner.held_out = None  # no longer held out
         fit(run, name, learner, stage, steps=steps, settings=cfg)
+        logs += [{**row, "step": learner.done + row["step"]} for row in run.log(name)]
         learner.done += steps
-    family = harvest(run, learner, data, network, spec, [s for s, _, _ in stages])
-    family.budgets, family.notes = budgets, notes
+    family = harvest(run, learner, data, network, spec)
+    family.budgets, family.notes, family.logs = budgets, notes, logs
     family.cost.update(samples=len(train), steps=sum(lengths), seconds=time.monotonic() - began)
     return family
 
@@ -122,7 +125,9 @@ def make_peers(
     run: Run, base: nn.Module, train: Samples, cfg: Config
 ) -> tuple[PeerSet, list[dict[str, Any]], list[str]]:
     """Prune `base` to every ratio and put the peers together; the plans are made once and kept in the run folder."""
-    ids = np.random.default_rng(fold(run.seed, "score")).permutation(len(train))[:512]
+    # All scoring samples go through the network at once: fewer of them where images are large.
+    some = max(32, min(512, 6_000_000 // math.prod(train.shape)))
+    ids = np.random.default_rng(fold(run.seed, "score")).permutation(len(train))[:some]
     seen = train.take(np.sort(ids))
     example = seen["input"][:2]
     check_base(base, example, len(train.classes))
@@ -163,9 +168,7 @@ def feature_sizes(peers: PeerSet, train: Samples) -> tuple[list[int], int]:
         return [f.shape[1] for f in peers.with_features(x)[1]], 0
 
 
-def harvest(
-    run: Run, learner: Mutual, data: Data, base: nn.Module, spec: ModelSpec | None, stages: Sequence[str]
-) -> Family:
+def harvest(run: Run, learner: Mutual, data: Data, base: nn.Module, spec: ModelSpec | None) -> Family:
     """Dense students with recalibrated normalisation, their importance and what the run cost."""
     peers, omega = learner.outcome(), learner.ensemble_weights()
     members = []
@@ -176,8 +179,7 @@ def harvest(
     separate = sum(count_params(m.model) for m in members)
     trained = sum(p.numel() for p in learner.peers.trained().values())
     cost = {"trained_params": trained, "separate_params": separate, "trained_share": trained / separate}
-    logs = [row for stage in stages for row in run.log(stage)]
-    return Family(members, tuple(data.shape), tuple(data.classes), base, spec, cost, logs=logs)
+    return Family(members, tuple(data.shape), tuple(data.classes), base, spec, cost)
 
 
 def batches_of(samples: Samples, size: int, seed: int, limit: int = 64) -> Iterator[Tensor]:
