@@ -204,8 +204,15 @@ def _plain(device: str) -> Iterator[None]:
         yield
 
 
-def _differentiable_attention() -> Any:
+@contextlib.contextmanager
+def _differentiable_attention() -> Iterator[None]:
     """The fused attention kernels have no forward-mode derivative; the plain one has."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    return sdpa_kernel(SDPBackend.MATH)
+    fast = torch.backends.mha.get_fastpath_enabled()  # nn.MultiheadAttention's own kernel, taken in eval mode
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -56,9 +56,7 @@ class Distill(System):
     ):
         super().__init__()
         if isinstance(teacher, nn.Module):
-            raise UserError(
-                f"Distill: the teacher is a bare {type(teacher).__name__}; give teachers.Frozen(model)"
-            )
+            raise UserError(f"Distill: the teacher is a bare {type(teacher).__name__}; give teachers.Frozen(model)")
         if not 0 <= alpha <= 1 or T <= 0:
             raise UserError(f"Distill: needs 0 <= alpha <= 1 and T > 0, got alpha={alpha}, T={T}")
         if teacher is None and alpha > 0:

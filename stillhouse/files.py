@@ -35,9 +35,7 @@ def inside(folder: str | Path, name: str) -> Path:
     """
     bad = not name or name in (".", "..") or any(c in name for c in "/\\\0") or name[1:2] == ":"
     if bad:
-        raise UserError(
-            f"name {name!r} would leave {folder}; use one plain name without separators, '..' or a drive"
-        )
+        raise UserError(f"name {name!r} would leave {folder}; use one plain name without separators, '..' or a drive")
     path, root = Path(folder) / name, Path(folder).resolve()
     if path.is_symlink() and not path.resolve().is_relative_to(root):
         raise UserError(f"{path} is a link that leaves {folder}; replace it by a plain file or folder")
@@ -85,9 +83,7 @@ def replacing(path: str | Path, suffix: str | None = None) -> Iterator[Path]:
 
 def _said(error: OSError, path: Path) -> UserError:
     if error.errno in _NO_SPACE:
-        return UserError(
-            f"no space left writing {path}; free some space and run again (the old file is kept)"
-        )
+        return UserError(f"no space left writing {path}; free some space and run again (the old file is kept)")
     why = error.strerror or str(error)
     return UserError(f"cannot write {path}: {why}; check the folder and its permissions")
 

@@ -79,9 +79,7 @@ def _hook(module: nn.Module, path: str, features: Features, detach: bool) -> Rem
     def keep(value: Any) -> None:
         tensor = _first_tensor(value)
         if tensor is None:
-            raise UserError(
-                f"tap {path!r}: {type(module).__name__} gives {type(value).__name__} without a tensor"
-            )
+            raise UserError(f"tap {path!r}: {type(module).__name__} gives {type(value).__name__} without a tensor")
         features[path] = (tensor.detach() if detach else tensor).clone()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -98,13 +98,9 @@ class Frozen:
         copy: bool = False,
     ):
         if not isinstance(model, nn.Module):
-            raise UserError(
-                f"Frozen: needs a torch.nn.Module, got {type(model).__name__}; give the network itself"
-            )
+            raise UserError(f"Frozen: needs a torch.nn.Module, got {type(model).__name__}; give the network itself")
         if precision is not None and precision not in _PRECISIONS:
-            raise UserError(
-                f"Frozen: unknown precision {precision!r}; {did_you_mean(precision, _PRECISIONS)}"
-            )
+            raise UserError(f"Frozen: unknown precision {precision!r}; {did_you_mean(precision, _PRECISIONS)}")
         self._model = (copying.deepcopy(model) if copy else model).eval().requires_grad_(False)
         self._taps, self._input, self._resize, self._precision = list(taps), input, resize, precision
         with tap(self._model, self._taps):
@@ -256,9 +252,7 @@ class EMA(nn.Module):
         new = dict(student.named_parameters())
         for name, mean in self.model.named_parameters():
             if name not in new or new[name].shape != mean.shape:
-                raise UserError(
-                    f"EMA: {name!r} of the average is not in the student; average the same network"
-                )
+                raise UserError(f"EMA: {name!r} of the average is not in the student; average the same network")
             mean.lerp_(new[name].detach().to(mean), 1 - d)
         fresh = dict(student.named_buffers())
         for name, buffer in self.model.named_buffers():

@@ -68,9 +68,7 @@ def step(milestones: Sequence[float], gamma: float = 0.1) -> Schedule:
     """
     fractions = all(0 < m < 1 for m in milestones)
     if not fractions and not all(m >= 1 for m in milestones):
-        raise UserError(
-            f"step: milestones must all be fractions in (0, 1) or all epochs >= 1, got {list(milestones)}"
-        )
+        raise UserError(f"step: milestones must all be fractions in (0, 1) or all epochs >= 1, got {list(milestones)}")
 
     def factor(clock: Clock) -> float:
         now = clock.progress if fractions else clock.step / max(1, clock.steps_per_epoch)

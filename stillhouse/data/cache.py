@@ -362,8 +362,7 @@ class SignalCache:
             told.pop("__metadata__", None)
             start = {key: 8 + size + t["data_offsets"][0] for key, t in told.items()}
             self._open[name] = {
-                key: np.memmap(path, _STORED[t["dtype"]], "r", start[key], tuple(t["shape"]))
-                for key, t in told.items()
+                key: np.memmap(path, _STORED[t["dtype"]], "r", start[key], tuple(t["shape"])) for key, t in told.items()
             }
         return self._open[name]
 
@@ -377,9 +376,7 @@ class SignalCache:
     def _require_complete(self) -> None:
         if not self.complete:
             have, want = len(self._head["shards"]), len(self._names())
-            raise UserError(
-                f"the signal cache in {self.folder} is incomplete ({have} of {want} shards); fill() it"
-            )
+            raise UserError(f"the signal cache in {self.folder} is incomplete ({have} of {want} shards); fill() it")
 
 
 def _read_head(folder: Path) -> dict[str, Any]:

@@ -23,9 +23,7 @@ def folders_in(path: Path) -> list[str]:
 
 def images_in(path: Path) -> list[Path]:
     return sorted(
-        p
-        for p in path.rglob("*")
-        if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".") and p.is_file()
+        p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".") and p.is_file()
     )
 
 
@@ -33,12 +31,8 @@ def scan(path: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
     """Files, labels and class names of PATH/CLASS/*; an empty class is an error."""
     classes = folders_in(path)
     if not classes:
-        found = (
-            f"{len(images_in(path))} images but no class folders" if images_in(path) else "nothing to read"
-        )
-        raise UserError(
-            f"{path} holds {found}; expected {path}/CLASS/*.png (or .jpg …), one folder per class"
-        )
+        found = f"{len(images_in(path))} images but no class folders" if images_in(path) else "nothing to read"
+        raise UserError(f"{path} holds {found}; expected {path}/CLASS/*.png (or .jpg …), one folder per class")
     files = [images_in(path / c) for c in classes]
     for name, inside in zip(classes, files):
         if not inside:
@@ -56,11 +50,7 @@ def open_folder(path: str, image_size: int | None, augment: str | None, skip_bad
     """
     base = Path(path).expanduser()
     if not path or not base.is_dir():
-        near = (
-            did_you_mean(base.name, folders_in(base.parent))
-            if path and base.parent.is_dir()
-            else "give folder:PATH"
-        )
+        near = did_you_mean(base.name, folders_in(base.parent)) if path and base.parent.is_dir() else "give folder:PATH"
         raise UserError(f"image folder {str(base)!r} does not exist or is not a folder; {near}")
     inside = folders_in(base)
     notes: list[str] = []
@@ -76,15 +66,11 @@ def open_folder(path: str, image_size: int | None, augment: str | None, skip_bad
     files, labels, classes = found["train"]
     if "test" not in found:
         rest, part = divide(labels, 0.2, seed)
-        found = {
-            k: ([files[i] for i in ids], labels[ids], classes) for k, ids in (("train", rest), ("test", part))
-        }
+        found = {k: ([files[i] for i in ids], labels[ids], classes) for k, ids in (("train", rest), ("test", part))}
         notes.append(f"test: {len(part)} of the {len(files)} images, set apart by class with seed {seed}")
     size = image_size or usual_size(files)
     if not image_size:
-        notes.append(
-            f"inputs of {size} × {size} pixels, from the sizes of the images; image_size sets another"
-        )
+        notes.append(f"inputs of {size} × {size} pixels, from the sizes of the images; image_size sets another")
     made: dict[str, Images] = {}
     for part_name, (paths, y, names_) in found.items():
         how = "none" if part_name == "test" else augment or "resized-crop-flip"
@@ -121,9 +107,7 @@ def open_hub(spec: str, image_size: int | None, augment: str | None, skip_bad: b
     names = choose_splits(tables, asked, spec)
     first = tables[names["train"]]
     image, label = choose_columns(first, asked, spec)
-    labels, classes = column_labels(
-        {p: tables[s][label] for p, s in names.items()}, first.features[label], spec, label
-    )
+    labels, classes = column_labels({p: tables[s][label] for p, s in names.items()}, first.features[label], spec, label)
     rows = {p: (tables[s], labels[p]) for p, s in names.items()}
     notes = [f"{part}: split {split!r}" for part, split in names.items() if part != split]
     if "test" not in rows:
@@ -150,9 +134,7 @@ def fetch(name: str, config: str | None) -> dict[str, Any]:
     local, parts = Path(name).expanduser(), name.split("/")
     try:
         if local.is_file():
-            kind = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}.get(
-                local.suffix, ""
-            )
+            kind = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}.get(local.suffix, "")
             return dict(datasets.load_dataset(kind, data_files=str(local)))
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             saved = datasets.load_from_disk(str(local))
@@ -219,11 +201,7 @@ def column_labels(
         return {p: np.asarray(v, dtype=np.int64) for p, v in values.items()}, tuple(listed)
     everything = [v for column in values.values() for v in column]
     if not all(isinstance(v, int | str) for v in everything) or len({type(v) for v in everything}) > 1:
-        raise UserError(
-            f"hf:{spec}: column {name!r} holds {type(everything[0]).__name__}; labels must be int or str"
-        )
+        raise UserError(f"hf:{spec}: column {name!r} holds {type(everything[0]).__name__}; labels must be int or str")
     known = sorted(set(everything))
     position = {v: i for i, v in enumerate(known)}
-    return {p: np.array([position[v] for v in col]) for p, col in values.items()}, tuple(
-        str(k) for k in known
-    )
+    return {p: np.array([position[v] for v in col]) for p, col in values.items()}, tuple(str(k) for k in known)

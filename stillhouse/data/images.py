@@ -85,9 +85,7 @@ class Images(Samples):
 
     @cached_property
     def fingerprint(self) -> str:
-        stats = [
-            (p.parent.name, p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in map(Path, self.files)
-        ]
+        stats = [(p.parent.name, p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in map(Path, self.files)]
         return digest(
             "images",
             stats,
@@ -185,9 +183,7 @@ class Rows(Images):
 
 def usual_size(samples: Sequence[Path], at_most: int = 224) -> int:
     """Input side for a folder: 224, or the largest short side of up to 64 files rounded up to 8."""
-    some = (
-        [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, 64).astype(int))] if samples else []
-    )
+    some = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, 64).astype(int))] if samples else []
     shorts = []
     for path in some:
         try:

@@ -200,9 +200,7 @@ def find_idx(folders: list[Path]) -> dict[str, Path] | None:
     return None
 
 
-def open_idx(
-    options: Options, name: str, torch_name: str, classes: tuple[str, ...], mean: float, std: float
-) -> Data:
+def open_idx(options: Options, name: str, torch_name: str, classes: tuple[str, ...], mean: float, std: float) -> Data:
     """MNIST and its drop-in replacements: 60,000 training and 10,000 test images of 28 × 28."""
     folders = [p / sub for p in options.places for sub in (name, f"{torch_name}/raw", ".")]
     files = find_idx(folders[: 3 * len(options.places)])
@@ -331,9 +329,7 @@ def open_function(spec: str, options: Options) -> Data:
     try:
         obj: Any = importlib.import_module(module_name)
     except Exception as error:
-        raise UserError(
-            f"cannot import {module_name!r} of {spec!r}: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"cannot import {module_name!r} of {spec!r}: {type(error).__name__}: {error}") from error
     for name in path.split("."):
         if not hasattr(obj, name):
             raise UserError(

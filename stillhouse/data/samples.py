@@ -123,9 +123,7 @@ def normalise(x: np.ndarray, mean: Sequence[float] | None, std: Sequence[float] 
     if mean is None or std is None:
         return out.div_(scale) if scale != 1.0 else out
     where = (-1, *(1,) * (x.ndim - 2))
-    return out.sub_(torch.tensor(mean).mul_(scale).view(where)).div_(
-        torch.tensor(std).mul_(scale).view(where)
-    )
+    return out.sub_(torch.tensor(mean).mul_(scale).view(where)).div_(torch.tensor(std).mul_(scale).view(where))
 
 
 def as_labels(y: Any, n: int, what: str = "y") -> np.ndarray:
@@ -175,9 +173,7 @@ class Arrays(Samples):
     ):
         x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
         if x.ndim < 2:
-            raise UserError(
-                f"x must be (N, …) with at least two axes, got shape {x.shape}; reshape it to (N, 1)"
-            )
+            raise UserError(f"x must be (N, …) with at least two axes, got shape {x.shape}; reshape it to (N, 1)")
         if x.dtype.kind not in "biuf":
             raise UserError(f"x must hold numbers, got {x.dtype}; convert it to float32 or uint8")
         self.x = np.ascontiguousarray(x if x.dtype == np.uint8 else x.astype(np.float32, copy=False))
@@ -187,9 +183,7 @@ class Arrays(Samples):
         self.classes = tuple(classes) if classes is not None else tuple(str(i) for i in range(top))
         check_augment(augment, ARRAY_AUGMENTS)
         if augment != "none" and len(self.shape) != 3:
-            raise UserError(
-                f"augment={augment!r} needs images (N, C, H, W), got x of shape {x.shape}; use 'none'"
-            )
+            raise UserError(f"augment={augment!r} needs images (N, C, H, W), got x of shape {x.shape}; use 'none'")
         self.augment, self.mean, self.std = augment, mean, std
 
     @cached_property
@@ -273,9 +267,7 @@ class Relabelled(Samples):
         3
     """
 
-    def __init__(
-        self, parent: Samples, *, noise: float = 0.0, labels: Mapping[int, int] | None = None, seed: int = 0
-    ):
+    def __init__(self, parent: Samples, *, noise: float = 0.0, labels: Mapping[int, int] | None = None, seed: int = 0):
         if not 0.0 <= noise < 1.0:
             raise UserError(f"label noise must be a fraction in [0, 1), got {noise}")
         n, c = len(parent), len(parent.classes)
@@ -289,9 +281,7 @@ class Relabelled(Samples):
             self.labels[hit] = (self.labels[hit] + rng.integers(1, c, len(hit))) % c
         for position, label in (labels or {}).items():
             if not (0 <= position < n and 0 <= label < c):
-                raise UserError(
-                    f"label {label} for sample {position}: expected a sample 0…{n - 1}, a label 0…{c - 1}"
-                )
+                raise UserError(f"label {label} for sample {position}: expected a sample 0…{n - 1}, a label 0…{c - 1}")
             self.labels[position] = label
 
     @cached_property

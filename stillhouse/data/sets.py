@@ -71,9 +71,7 @@ def check_part(where: str, part: Samples, train: Samples) -> None:
         raise UserError(f"{where} has {c} class ({', '.join(part.classes)}); at least two are needed")
     if part.classes != train.classes:
         here, there = set(part.classes) - set(train.classes), set(train.classes) - set(part.classes)
-        parts = [f"only here: {sorted(here)[:5]}"] * bool(here) + [
-            f"only in train: {sorted(there)[:5]}"
-        ] * bool(there)
+        parts = [f"only here: {sorted(here)[:5]}"] * bool(here) + [f"only in train: {sorted(there)[:5]}"] * bool(there)
         raise UserError(f"{where} has other classes than train ({'; '.join(parts) or 'in another order'})")
     if part.shape != train.shape:
         raise UserError(f"{where} has inputs of shape {part.shape}, train has {train.shape}; make them equal")
@@ -142,9 +140,7 @@ def numpy_of(x: Any, what: str = "x") -> np.ndarray:
         for start in range(0, len(x), 4096):  # in pieces: the mask of all at once may not fit
             bad = ~np.isfinite(x[start : start + 4096]).all(axis=tuple(range(1, x.ndim)))
             if bad.any():
-                raise UserError(
-                    f"{what}[{start + int(bad.argmax())}] holds NaN or infinity; clean the data first"
-                )
+                raise UserError(f"{what}[{start + int(bad.argmax())}] holds NaN or infinity; clean the data first")
     return x
 
 
@@ -178,9 +174,7 @@ def names_and_labels(y: Any, classes: Sequence[str] | None) -> tuple[Any, Sequen
     position = {name: i for i, name in enumerate(known)}
     for i, word in enumerate(words.tolist()):
         if word not in position:
-            raise UserError(
-                f"label {word!r} of sample {i} is not among the classes; {did_you_mean(word, known)}"
-            )
+            raise UserError(f"label {word!r} of sample {i} is not among the classes; {did_you_mean(word, known)}")
     return np.array([position[w] for w in words.tolist()]), known
 
 
@@ -218,9 +212,7 @@ def from_arrays(
         >>> data.shape, len(data.train), len(data.test)
         ((4,), 40, 10)
     """
-    given = (
-        {"train": (x, y)} | ({"test": test} if test else {}) | ({"held_out": held_out} if held_out else {})
-    )
+    given = {"train": (x, y)} | ({"test": test} if test else {}) | ({"held_out": held_out} if held_out else {})
     arrays, notes = {}, []
     for part, (inputs, targets) in given.items():
         inputs, last = channels_first(numpy_of(inputs, "x" if part == "train" else f"{part} x"))
@@ -275,9 +267,7 @@ def as_data(obj: Any, name: str, *, augment: str | None = None, seed: int = 0) -
     if isinstance(obj, Mapping):
         wrong = [k for k in obj if k not in ("train", "test", "held_out")]
         if wrong or "train" not in obj:
-            hint = (
-                did_you_mean(str(wrong[0]), ["train", "test", "held_out"]) if wrong else "'train' is missing"
-            )
+            hint = did_you_mean(str(wrong[0]), ["train", "test", "held_out"]) if wrong else "'train' is missing"
             raise UserError(
                 f"{name}: a dict of data needs train and test (and perhaps held_out), got {list(obj)}; {hint}"
             )
@@ -285,9 +275,7 @@ def as_data(obj: Any, name: str, *, augment: str | None = None, seed: int = 0) -
     elif isinstance(obj, tuple | list) and not is_pair(obj):
         keys = {2: ("train", "test"), 3: ("train", "held_out", "test")}.get(len(obj))
         if keys is None:
-            raise UserError(
-                f"{name}: expected (train, test) or (train, held_out, test), got {len(obj)} things"
-            )
+            raise UserError(f"{name}: expected (train, test) or (train, held_out, test), got {len(obj)} things")
         parts = dict(zip(keys, obj))
     else:
         parts = {"train": obj}
@@ -296,17 +284,13 @@ def as_data(obj: Any, name: str, *, augment: str | None = None, seed: int = 0) -
         rest = {k: v for k, v in parts.items() if k != "train"}
         return from_arrays(*parts["train"], **rest, augment=augment or "none", name=name, seed=seed)
     if augment is not None:
-        raise UserError(
-            f"{name}: augment={augment!r} applies to arrays; augment inside your data set instead"
-        )
+        raise UserError(f"{name}: augment={augment!r} applies to arrays; augment inside your data set instead")
     made = {k: as_samples(v, f"{name}, part {k!r}") for k, v in parts.items()}
     if "test" not in made:
         rest_, part = divide(made["train"].labels, 0.2, seed)
         whole = made["train"]
         note = f"test: {len(part)} of the {len(whole)} samples, set apart by class with seed {seed}"
-        return Data(
-            name, Subset(whole, rest_, own_ids=True), Subset(whole, part, own_ids=True), notes=(note,)
-        )
+        return Data(name, Subset(whole, rest_, own_ids=True), Subset(whole, part, own_ids=True), notes=(note,))
     return Data(name, made["train"], made["test"], made.get("held_out"))
 
 

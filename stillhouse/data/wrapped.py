@@ -66,9 +66,7 @@ class Wrapped(Samples):
     def fingerprint(self) -> str:
         some = np.unique(np.linspace(0, len(self) - 1, 16).astype(np.int64))
         inputs = self.take(some)["input"].numpy()
-        return digest(
-            "wrapped", type(self.dataset).__qualname__, self.labels, self.classes, self.shape, inputs
-        )
+        return digest("wrapped", type(self.dataset).__qualname__, self.labels, self.classes, self.shape, inputs)
 
     def take(self, ids: np.ndarray, *, view: int | None = None, seed: int = 0) -> dict[str, Tensor]:
         ids = np.asarray(ids, dtype=np.int64)
@@ -90,9 +88,7 @@ class Wrapped(Samples):
         try:
             item = self.dataset[i]
         except Exception as error:
-            raise UserError(
-                f"{self.name}: reading sample {i} failed with {type(error).__name__}: {error}"
-            ) from error
+            raise UserError(f"{self.name}: reading sample {i} failed with {type(error).__name__}: {error}") from error
         if isinstance(item, Mapping):
             keys = [next((k for k in names if k in item), None) for names in (INPUT_KEYS, LABEL_KEYS)]
             if None in keys:
@@ -135,9 +131,7 @@ def listed_labels(dataset: Any) -> np.ndarray | None:
     if isinstance(dataset, torch.utils.data.TensorDataset):
         values: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None
     else:
-        values = next(
-            (v for k in ("targets", "labels") if (v := getattr(dataset, k, None)) is not None), None
-        )
+        values = next((v for k in ("targets", "labels") if (v := getattr(dataset, k, None)) is not None), None)
     if values is None or callable(values):
         return None
     try:

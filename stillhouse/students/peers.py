@@ -353,7 +353,7 @@ def private_names(model: nn.Module, head: str) -> set[str]:
 
 
 def reinitialise(model: nn.Module, seed: int) -> None:
-    """Draws every layer's weights anew with its own ``reset_parameters`` (attention's has an underscore), from a seed of this model's own."""
+    """Draws every layer's weights anew with its own ``reset_parameters``, from a seed of this model's own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in model.modules():

@@ -29,9 +29,7 @@ class Fake:
 
     def take(self, ids, *, view=None, seed=0):
         own = torch.as_tensor(self.ids[ids])
-        x = torch.stack(
-            [own, torch.full_like(own, -1 if view is None else view), torch.full_like(own, seed)], 1
-        )
+        x = torch.stack([own, torch.full_like(own, -1 if view is None else view), torch.full_like(own, seed)], 1)
         return {"input": x.float(), "label": own % C, "id": own}
 
 
@@ -61,9 +59,7 @@ def make(folder, n=50, **settings):
 
 
 def truth(ids, views, seed=0):
-    rows = [
-        Told()(Fake(200).take(np.array([i]), view=v, seed=seed) | {})["logits"] for i, v in zip(ids, views)
-    ]
+    rows = [Told()(Fake(200).take(np.array([i]), view=v, seed=seed) | {})["logits"] for i, v in zip(ids, views)]
     return torch.cat(rows)
 
 
@@ -169,9 +165,7 @@ def test_a_killed_fill_goes_on_where_it_stopped(tmp_path, small_shards):
     again, told = Told(), []
     cache.fill(again, Fake(), progress=lambda done, total: told.append((done, total)))
     assert 0 < again.seen < 60 and told[-1] == (100, 100) and told == sorted(told)
-    assert {f.name: f.read_bytes() for f in whole.iterdir()} == {
-        f.name: f.read_bytes() for f in broken.iterdir()
-    }
+    assert {f.name: f.read_bytes() for f in whole.iterdir()} == {f.name: f.read_bytes() for f in broken.iterdir()}
     idle = Told()
     make(broken).fill(idle, Fake())
     assert idle.seen == 0

@@ -249,9 +249,7 @@ def test_corrupt_images_are_named_or_counted(tmp_path: Path) -> None:
     for i, path in enumerate(bad):
         with pytest.raises(UserError) as caught:
             s.take(np.array([i]))
-        assert (
-            str(path) in str(caught.value) and "skip" in str(caught.value) and "\n" not in str(caught.value)
-        )
+        assert str(path) in str(caught.value) and "skip" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no readable image of class 'blue'"):
         for path in (tmp_path / "blue").glob("*.png"):
             path.write_text("x")
@@ -400,9 +398,7 @@ def moments(samples: Arrays, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(
-    "name, mean, std", [("mnist", 0.13066, 0.30811), ("fashion-mnist", 0.28604, 0.35302)]
-)
+@pytest.mark.parametrize("name, mean, std", [("mnist", 0.13066, 0.30811), ("fashion-mnist", 0.28604, 0.35302)])
 def test_real_idx_sets(name: str, mean: float, std: float, data_folder: Path) -> None:
     data = load(name, root=data_folder)
     assert (len(data.train), len(data.test), data.shape) == (60000, 10000, (1, 28, 28))

@@ -18,10 +18,7 @@ def net(seed=0, classes=3):
 
 def batches(n=5):
     g = torch.Generator().manual_seed(3)
-    return [
-        {"input": torch.randn(16, 4, generator=g), "label": torch.randint(3, (16,), generator=g)}
-        for _ in range(n)
-    ]
+    return [{"input": torch.randn(16, 4, generator=g), "label": torch.randint(3, (16,), generator=g)} for _ in range(n)]
 
 
 def train(system: Distill) -> dict[str, torch.Tensor]:

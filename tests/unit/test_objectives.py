@@ -9,9 +9,7 @@ from stillhouse import objectives as O
 from stillhouse.errors import UserError
 
 # Golden vector: hand-derived numbers for three peers, two samples, three classes, T = 2.
-Z = torch.tensor(
-    [[[2, 0, -1], [0, 1, 0]], [[1, 0.5, 0], [0.5, 0, 1]], [[0, 0, 0], [-1, 2, 0]]], dtype=torch.float64
-)
+Z = torch.tensor([[[2, 0, -1], [0, 1, 0]], [[1, 0.5, 0], [0.5, 0, 1]], [[0, 0, 0], [-1, 2, 0]]], dtype=torch.float64)
 Y = torch.tensor([0, 2])
 CE = torch.tensor([0.860645, 0.680270, 1.634229], dtype=torch.float64)
 KL = torch.tensor([[0, 0.373296, 0.547496], [0.366635, 0, 0.631509], [0.546483, 0.666863, 0]]).double()
@@ -206,9 +204,7 @@ def test_linear_weights_satisfy_the_optimality_conditions(case):
     (g,) = torch.autograd.grad(loss, b)
     # Convex, so f(a) − f* <= <g, a> − min g: the Frank-Wolfe gap bounds the distance from the minimum.
     assert float((g * a).sum() - g.min()) < 1e-8 * max(1.0, float(loss.detach()))
-    close(
-        g[a > 1e-3], g[a > 1e-3].mean().expand(int((a > 1e-3).sum())), 1e-5 * max(1.0, float(g.abs().max()))
-    )
+    close(g[a > 1e-3], g[a > 1e-3].mean().expand(int((a > 1e-3).sum())), 1e-5 * max(1.0, float(g.abs().max())))
     assert float(loss.detach()) <= float(O.cross_entropy(z, y).mean(-1).min()) + 1e-8
     close(O.kdcl_linear(z, y), torch.tensordot(a, z, 1), 1e-12)
 
@@ -229,9 +225,7 @@ def test_minlogit():
     assert torch.equal(target.gather(1, y[:, None]), torch.zeros(8, 1, dtype=torch.float64))
     assert (target <= shifted).all() and torch.equal(target, shifted.min(0).values)
     right = target.softmax(-1).gather(1, y[:, None]).squeeze(1)
-    assert (
-        right >= z.softmax(-1).gather(-1, y.expand(3, 8)[..., None]).squeeze(-1).max(0).values - 1e-12
-    ).all()
+    assert (right >= z.softmax(-1).gather(-1, y.expand(3, 8)[..., None]).squeeze(-1).max(0).values - 1e-12).all()
 
 
 def test_general_weights_closed_forms():

@@ -81,9 +81,7 @@ def test_golden_step():
 def test_stays_on_the_simplex_and_ignores_a_constant(centre):
     p = moved(P, 300 * H, lr=0.9, centre=centre)
     assert (p > 0).all() and abs(float(p.sum()) - 1) < 1e-12 and torch.isfinite(p).all()
-    torch.testing.assert_close(
-        moved(P, H + 1000, lr=0.5, centre=centre), moved(P, H, lr=0.5), atol=1e-10, rtol=0
-    )
+    torch.testing.assert_close(moved(P, H + 1000, lr=0.5, centre=centre), moved(P, H, lr=0.5), atol=1e-10, rtol=0)
     torch.testing.assert_close(moved(P, H + 9, lr=0.5, clip=0.2), moved(P, H, lr=0.5, clip=0.2))
 
 
