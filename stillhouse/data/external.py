@@ -125,12 +125,12 @@ def open_hub(spec: str, image_size: int | None, augment: str | None, skip_bad: b
 
 def fetch(name: str, config: str | None) -> dict[str, Any]:
     """The splits of a data set from disk, the hub or its cache."""
+    if not name:
+        raise UserError("hf: needs a name, e.g. hf:uoft-cs/cifar10, or a local path")
     try:
         import datasets
     except ImportError:
         raise need("text", "datasets") from None
-    if not name:
-        raise UserError("hf: needs a name, e.g. hf:uoft-cs/cifar10, or a local path")
     local, parts = Path(name).expanduser(), name.split("/")
     try:
         if local.is_file():

@@ -281,12 +281,10 @@ def test_views_give_every_peer_its_own_augmentation(share):
     torch.testing.assert_close(h.direct, plain.direct)  # the held-out input is one view for all
 
 
-@pytest.mark.parametrize("views", [False, True])
+# Peers with a shared trunk see the same input.
+@pytest.mark.parametrize("share,views", [*((s, False) for s in SHARES), ("nested", True), ("none", True)])
 @pytest.mark.parametrize("rule", ["wml", "dml", "kdcl-linear"])
-@pytest.mark.parametrize("share", SHARES)
 def test_two_passes_give_the_gradients_of_one(share, rule, views):
-    if views and share == "tree":
-        pytest.skip("peers with a shared trunk see the same input")
     batch = images(6, copies=3 if views else 0)
     one, two = (learner(share, rule, two_pass=p, views=views) for p in (False, True))
     a, b = (gradients(s, batch) for s in (one, two))
