@@ -29,7 +29,7 @@ from stillhouse.system import fold
 # What `stillhouse run wml` does without a model or data: the digits experiment of the card.
 PRESET = Config(
     ratios=(0.0, 0.5, 0.75, 0.875), trunk=("2",), epochs=60, batch=64, optimizer="adamw", lr=3e-3, weight_decay=0.0,
-    temperature=2.0, outer_every=2, warmup=5, eta=0.2, gamma=1.5,
+    temperature=2.0, outer_every=2, outer_batch=150, warmup=5, eta=0.2, gamma=1.5,
 )  # fmt: skip
 # The smallest settings that touch everything, for the contract table.
 TINY = replace(PRESET, ratios=(0.0, 0.5), epochs=2, warmup=0, outer_every=2, batch=32)
