@@ -156,7 +156,7 @@ def learner(args: Args, data: Data, m: int = 4, **changes: Any) -> Mutual:
 
 def pairs(args: Args, data: Data) -> Any:
     """Training and held-out batches, as the recipe has them."""
-    held = Batches(data.test, args.batch, augment=False)
+    held = Batches(data.test, -(-args.batch // 2), augment=False)
     return together(train=Batches(data.train, args.batch, augment=False), held_out=held)
 
 

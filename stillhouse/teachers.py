@@ -105,6 +105,7 @@ class Frozen:
         self._taps, self._input, self._resize, self._precision = list(taps), input, resize, precision
         with tap(self._model, self._taps):
             pass  # an unknown path is said here, not at the first step
+        self._follows = False  # the memory order of its inputs
         self._affine: tuple[Tensor, Tensor] | None = None
         if normalize is not None:
             m0, s0, m1, s1 = (torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in normalize)
@@ -128,6 +129,9 @@ class Frozen:
         weight = next(chain(self._model.parameters(), self._model.buffers()), None)
         if weight is not None and weight.device != first.device:
             self._model.to(first.device)
+        if not self._follows and first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last):
+            self._model.to(memory_format=torch.channels_last)  # the order of the inputs; the values stay
+            self._follows = True
         if self._precision is None:
             return _answer(self._model, x, self._taps)
         dtype = _PRECISIONS[self._precision]
