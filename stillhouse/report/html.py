@@ -217,7 +217,7 @@ def _matrix(matrix: Matrix) -> str:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, bool) or value is None or isinstance(value, str):
+    if isinstance(value, bool | str):
         return f"<td class='words'>{text(units.humanise('', value))}</td>"
     return f"<td>{text(units.humanise('', value))}</td>"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import warnings
@@ -106,7 +107,7 @@ def cost_quality(points: Sequence[Point], x_label: str, y_label: str, key: str) 
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g} %"))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        _name_points(figure, axes, points)
+        _name_points(figure, axes, points, best)
         return _svg(figure, key, f"{y_label} over {x_label}: {', '.join(p.name for p in points)}")
 
 
@@ -116,20 +117,23 @@ _PLACES = tuple(
 )
 
 
-def _name_points(figure: Any, axes: Any, points: Sequence[Point]) -> None:
-    """Write each name at the place where it hits the fewest other names and points."""
+def _name_points(figure: Any, axes: Any, points: Sequence[Point], front: list[tuple[float, float]]) -> None:
+    """Write each name at the place where it hits the fewest other names, points and pieces of the front."""
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
     spots = [axes.transData.transform((p.cost, p.quality)) for p in points]
     taken: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
+    for (x, y), (to_x, to_y) in itertools.pairwise(axes.transData.transform(front) if front else ()):
+        along = [(x + t * (to_x - x), y + t * (to_y - y)) for t in (i / 24 for i in range(1, 24))]
+        taken += [(a - 2, b - 2, a + 2, b + 2) for a, b in along]
     for point, (x, y) in zip(points, spots):
         text = units.shorten(point.name, 20)
         boxes = [_box(x, y, place, 4.9 * len(text)) for place in _PLACES]
         badness = [
             sum(_overlap(box, other) for other in taken)
             + 10 * (max(0.0, frame.x0 - box[0]) + max(0.0, box[2] - frame.x1 - 8))
-            + 0.1 * abs(place[1])
-            for box, place in zip(boxes, _PLACES)
+            + index  # the earlier place where nothing else tells them apart
+            for index, box in enumerate(boxes)
         ]
         best = badness.index(min(badness))
         taken.append(boxes[best])
@@ -159,12 +163,16 @@ def _thin(values: list[float], limit: int = 600) -> list[float]:
     return values if step <= 1 else values[::step]
 
 
+_SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
+
+
 def _axis(axis: Any, scale: str) -> None:
     """Numbers with SI prefixes; few of them."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     def tick(value: float, _: Any) -> str:
-        return units.scaled(float(f"{value:.10g}")) if abs(value) >= 1e4 else f"{value:.4g}"
+        factor, prefix = next(((f, p) for f, p in _SI if abs(value) >= f), (1.0, ""))
+        return f"{value / factor:.4g} {prefix}".rstrip()
 
     axis.set_major_formatter(FuncFormatter(tick))
     axis.set_minor_formatter(NullFormatter())

@@ -328,3 +328,29 @@ def test_importance_shows_three_decimals_in_both_forms(tmp_path: Path) -> None:
     out, html = printed(summary(report)), write(report, tmp_path).read_text()
     for shown in ("0.251", "0.250", "0.249"):
         assert shown in out and f"</span>{shown}</td>" in html
+
+
+def test_names_in_a_cost_plot_stand_beside_the_front(tmp_path: Path, browser: Any) -> None:
+    """No piece of the joined front runs through a name; a missing number in a table stands right, as numbers do."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(write(example(), tmp_path).as_uri())
+    struck = page.evaluate(
+        """() => [...document.querySelectorAll('figure.plot svg')].flatMap(svg => {
+            const front = [...svg.querySelectorAll('path')].find(
+                p => /opacity: 0\\.7\\b/.test(p.getAttribute('style')))
+            if (!front) return []
+            const along = [...Array(201).keys()].map(i => front.getPointAtLength(front.getTotalLength() * i / 200)
+                .matrixTransform(front.getScreenCTM()))
+            const names = [...svg.querySelectorAll('text')].filter(t => /^(p\\d0|ω-ensemble)$/.test(t.textContent))
+            return names.flatMap(t => {
+                const b = t.getBoundingClientRect(), mid = [b.top + b.height * 0.3, b.bottom - b.height * 0.3]
+                const hit = along.some(q => q.x > b.left && q.x < b.right && q.y > mid[0] && q.y < mid[1])
+                return hit ? [t.textContent] : []
+            })
+        })"""
+    )
+    found = page.evaluate("document.querySelectorAll('figure.plot svg text').length")
+    assert found > 20 and struck == [], struck
+    missing = page.locator("table.plain td", has_text="—").first
+    assert missing.evaluate("e => getComputedStyle(e).textAlign") == "right"
+    page.close()
