@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
-from stillhouse.evaluate import logits_of
+from stillhouse.evaluate import evaluating, logits_of
 from stillhouse.students.chain import default_trunk, find_head, find_units, trunk_until
 from stillhouse.students.peers import Nested, PeerSet, Separate, Tree
 from stillhouse.students.plan import Plan
@@ -23,18 +23,14 @@ Share = Literal["tree", "nested", "none"]
 
 def check_base(base: nn.Module, example: Tensor, classes: int) -> None:
     """One line when a network cannot take the data or has another number of classes."""
-    was = base.training
-    base.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(base):
             out = base(example)
     except Exception as error:
         raise UserError(
             f"{type(base).__name__} cannot take inputs of shape {tuple(example.shape[1:])}: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from None
-    finally:
-        base.train(was)
     z = logits_of(out)
     if z.dim() != 2 or z.shape[1] != classes:
         raise UserError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError, did_you_mean
+from stillhouse.evaluate import evaluating
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,7 @@ def find_units(model: nn.Module, example: Tensor) -> list[Unit]:
 
     for module in names:
         hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(example)
-    finally:
-        model.train(was)
-        for h in hooks:
-            h.remove()
+    _run_once(model, example, hooks)
     total = sum(v for k, v in macs.items() if "." not in k) or 1.0
 
     def expand(path: str) -> Iterator[str]:
@@ -119,6 +112,16 @@ def default_trunk(units: Sequence[Unit], share: float = 0.5) -> list[str]:
     return [u.path for u in units[:best]]
 
 
+def _run_once(model: nn.Module, example: Tensor, hooks: list[Any]) -> None:
+    """One forward pass in eval mode for the hooks to see, which are then removed; every module keeps its mode."""
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(example)
+    finally:
+        for h in hooks:
+            h.remove()
+
+
 def find_head(model: nn.Module, example: Tensor) -> str:
     """Path of the last linear layer that runs: its input is the feature vector, its output the logits."""
     seen: list[str] = []
@@ -127,15 +130,7 @@ def find_head(model: nn.Module, example: Tensor) -> str:
         for n, m in model.named_modules()
         if isinstance(m, nn.Linear)
     ]
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(example)
-    finally:
-        model.train(was)
-        for h in hooks:
-            h.remove()
+    _run_once(model, example, hooks)
     if not seen:
         raise UserError(f"{type(model).__name__} has no nn.Linear that could be its classification head")
     return seen[-1]

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from stillhouse.evaluate import evaluating
+
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
@@ -32,15 +34,12 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     if not norms:
         return
     momenta = [m.momentum for m in norms]
-    was = model.training
-    model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # cumulative average
-        m.train()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # cumulative average
+            m.train()
         for x in batches:
             model(x)
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
-    model.train(was)

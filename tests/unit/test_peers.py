@@ -14,8 +14,9 @@ from torch.func import functional_call
 
 from stillhouse.errors import UserError
 from stillhouse.models import ModelSpec, ResNet
-from stillhouse.students.build import build_peers, choose_trunks, plan_peers
-from stillhouse.students.norms import frozen_statistics
+from stillhouse.students.build import build_peers, check_base, choose_trunks, plan_peers
+from stillhouse.students.chain import find_head
+from stillhouse.students.norms import frozen_statistics, recalibrate
 from stillhouse.students.peers import Nested, PeerSet, Tree
 from stillhouse.students.plan import Plan
 from stillhouse.system import fold
@@ -336,3 +337,16 @@ def test_a_copy_of_nested_peers_is_independent():
     other = copy.deepcopy(peers)
     shake(other, 7)
     assert torch.equal(peers(x), before) and not torch.allclose(other(x), before)
+
+
+def test_looking_at_a_network_leaves_every_module_in_its_mode():
+    """A user's frozen batch norm stays frozen: modes are kept module by module, not set from the root."""
+    model = resnet().train()
+    model.get_submodule("bn1").eval()
+    before = [m.training for m in model.modules()]
+    x = rand(2, *SHAPE)
+    check_base(model, x, CLASSES)
+    find_head(model, x)
+    choose_trunks(model, x, (), 2)
+    recalibrate(model, [x])
+    assert [m.training for m in model.modules()] == before and not all(before)
