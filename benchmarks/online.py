@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import read, remember, write
-from online_arms import ARMS, GRID, MUTUAL, SETTINGS, TUNE_SEED, VARIANTS
+from online_arms import ARMS, MUTUAL, SETTINGS, TRIED, TUNE_SEED, VARIANTS, WEIGHED
 from online_report import Results, claims, text
 
 import torch  # isort: skip
@@ -47,7 +47,8 @@ class Task:
     tuning: bool = False
 
     def folder(self, out: str) -> Path:
-        name = f"tune/{self.arm}-a{self.changes['alpha']}-r{self.changes['ramp']}" if self.tuning else self.arm
+        point = "-".join(f"{k}{v}" for k, v in self.changes.items())
+        name = f"tune/{self.arm}-{point}" if self.tuning else self.arm
         return Path(out) / self.data / self.variant / name / f"seed{self.seed}"
 
 
@@ -136,21 +137,29 @@ def said(i: int, tasks: Sequence[Task], r: Any) -> None:
 
 
 def tune(data: str, variant: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """For every arm the α and ramp with the best mean peer accuracy on samples set apart from the training data."""
+    """For every arm the settings with the best mean peer accuracy on samples set apart from the training data.
+
+    First α and its ramp for every arm that teaches, then η and ρ (the floor) for those that move the importance.
+    """
     path = Path(args.out) / data / variant / "tuned.json"
-    arms = [a for a in args.arms if a in MUTUAL]
     steps = args.steps or SETTINGS[data].steps
-    tasks = [
-        Task(data, variant, arm, TUNE_SEED, steps, {**args.set, "alpha": a, "ramp": r}, tuning=True)
-        for arm in arms
-        for a, r in GRID
+    chosen: dict[str, dict[str, float]] = {arm: {} for arm in args.arms if arm in MUTUAL}
+    scores: dict[str, list[tuple[float, dict[str, float]]]] = {arm: [] for arm in chosen}
+    rounds = [
+        (list(chosen), [{"alpha": a, "ramp": r} for a in args.alphas for r in args.ramps]),
+        ([arm for arm in chosen if arm in WEIGHED], [{"eta": e, "floor": f} for e in args.etas for f in args.floors]),
     ]
-    scores: dict[str, list[tuple[float, dict[str, float]]]] = {arm: [] for arm in arms}
-    for task, result in zip(tasks, run_all(tasks, args), strict=True):
-        choice = {k: task.changes[k] for k in ("alpha", "ramp")}
-        if result is not None:
-            scores[task.arm].append((result["mean_accuracy"], choice))
-    chosen = {arm: max(s, key=lambda pair: pair[0])[1] for arm, s in scores.items() if s}
+    for arms, points in rounds:
+        tasks = [
+            Task(data, variant, arm, TUNE_SEED, steps, {**args.set, **chosen[arm], **point}, tuning=True)
+            for arm in arms
+            for point in points
+        ]
+        for task, result in zip(tasks, run_all(tasks, args), strict=True):
+            if result is not None:
+                choice = {k: v for k, v in task.changes.items() if k not in args.set}
+                scores[task.arm].append((result["mean_accuracy"], choice))
+        chosen = {arm: max(s, key=lambda pair: pair[0])[1] for arm, s in scores.items() if s}
     chosen = {**(read(path) or {}).get("chosen", {}), **chosen}
     write(path, {"chosen": chosen, "scores": scores})
     return chosen
@@ -186,7 +195,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 5 for digits, else 3)")
     parser.add_argument("--steps", type=int, help="optimiser steps of every arm (default: by data set)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--tune", action="store_true", help="first choose α and its ramp per arm, with seed 100")
+    parser.add_argument("--tune", action="store_true", help="first choose α, its ramp, η and ρ per arm, with seed 100")
+    for name, tried in TRIED.items():
+        parser.add_argument(f"--{name}", nargs="+", type=float, default=tried, help="values to try with --tune")
     parser.add_argument("--share", choices=("tree", "none"), help="what peers share (one needs tree)")
     parser.add_argument(
         "--set", nargs="*", type=setting, default=[], metavar="KEY=VALUE", help="Config fields, all arms"

@@ -24,7 +24,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 VARIANTS = ("clean", "poison", "noise")
 MUTUAL = [a for a in ARMS if a not in ALONE]
-GRID = [(a, r) for a in (0.25, 0.5, 0.75) for r in (0.0, 0.3)]
+WEIGHED = [a for a, c in ARMS.items() if c["rule"] == "wml" and c.get("eta") != 0.0]  # whose importance moves
+TRIED = {"alphas": [0.25, 0.5, 0.75], "ramps": [0.0, 0.3], "etas": [0.03, 0.3], "floors": [0.02, 0.1]}
 TUNE_SEED = 100
 
 

@@ -31,7 +31,7 @@ RUN_FORMAT = 1
 FAMILIES = {
     "model": "Smaller models",
     "data": "Smaller data sets",
-    "sampler": "Samplers with fewer steps",
+    "sampler": "Smaller or faster samplers",
     "policy": "Lighter policies",
     "query": "Better queries",
     "graph": "Smaller graphs",
@@ -139,9 +139,31 @@ def do_list(args: argparse.Namespace) -> None:
 def do_show(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
+    from rich.table import Table
 
     card = recipes.card(args.system)
-    Console().print(Markdown(card.page.read_text()))
+    console = Console()
+    console.print(Markdown(card.page.read_text()))
+    facts = Table(show_header=False, box=None, title="In short", title_justify="left", padding=(0, 2, 0, 0))
+    quality = f"{card.source_quality} ({card.paper})"
+    for name, text in (
+        ("gives", card.gives),
+        ("sources", quality),
+        ("run it", f"stillhouse run {card.name} --out DIR"),
+    ):
+        facts.add_row(name, text)
+    options = Table("option", "default", "meaning", title=f"Options of {card.name}", title_justify="left")
+    config = recipes.find(args.system).Config
+    for field, meaning in recipes.comments(config).items():
+        default = next(f for f in dataclasses.fields(config) if f.name == field).default
+        options.add_row(f"--{field.replace('_', '-')}", shown_value(default), meaning)
+    console.print("", facts, "", options, "Options of every system, and the defaults of the built-in experiment: ")
+    console.print(f"  stillhouse run {card.name} --help", highlight=False)
+
+
+def shown_value(value: Any) -> str:
+    """A default as one would type it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 # -- running ------------------------------------------------------------------------------------------------
@@ -222,10 +244,11 @@ def parse_flags(system: str, flags: Sequence[str]) -> tuple[Options, Any]:
     """Options and the system's Config from the command line; wrong flags raise a one-line UserError."""
     import tyro
 
-    from stillhouse.options import Options
+    from stillhouse.options import Options as Every
 
     package = recipes.find(system)
     experiment = recipes.experiment(system)
+    Options = getattr(experiment, "OPTIONS", Every)
     own = any(f.split("=")[0] in ("--model", "--data") for f in flags)
     preset = package.Config() if own else experiment.PRESET
     both = dataclasses.make_dataclass(
@@ -332,11 +355,9 @@ def do_compare(args: argparse.Namespace) -> None:
 
 
 def do_export(args: argparse.Namespace) -> None:
-    import torch
-
     from stillhouse.export import export
-    from stillhouse.family import load
     from stillhouse.files import inside, read_json
+    from stillhouse.outcomes import example_inputs, load
 
     folder: Path = args.folder
     if (folder / "plan.json").exists():
@@ -353,12 +374,11 @@ def do_export(args: argparse.Namespace) -> None:
         raise UserError(f"{folder} holds no students (no students/NAME/plan.json); give a run's --out folder")
     suffix = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}[args.to]
     for student in students:
-        model, shape = load(student), read_json(student / "plan.json").get("shape")
-        if not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise UserError(f"{student / 'plan.json'}: shape must be a list of sizes, got {shape!r}")
+        model, plan = load(student), student / "plan.json"
+        example = example_inputs(read_json(plan), str(plan))
         target = inside(args.out or home / "exports", student.name + suffix)
         target.parent.mkdir(parents=True, exist_ok=True)
-        parity = export(model, torch.zeros(2, *shape), args.to, target)
+        parity = export(model, example, args.to, target)
         print(
             f"{student.name}: {parity.path}  {parity.bytes / 1e6:.2f} MB  "
             f"max difference to PyTorch {parity.max_abs_diff:.2e} (relative {parity.max_rel_diff:.2e}) "

@@ -159,8 +159,8 @@ class _Fit:
         due = [u for u in self.updates if u.due(clock.step)]
         stopping = stop if due else self.agree(stop)
         for update in due:
-            for _ in range(update.repeat):
-                stopping = self.apply(update, batch, clock, stopping)
+            for turn in range(update.repeat):
+                stopping = self.apply(update, batch, dataclasses.replace(clock, turn=turn), stopping)
         self.system.after_step(clock)
         if self.run.world > 1:
             self.share_buffers()

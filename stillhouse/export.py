@@ -74,7 +74,7 @@ def save_student(folder: str | Path, model: nn.Module, *, plan_json: Mapping[str
     """Write ``model.safetensors`` and ``plan.json`` into a folder, each whole or not at all.
 
     The weights carry the SHA-256 of the plan they were saved with: after a crash between the two files
-    `read_student` says so instead of mixing two saves.
+    `read_tensors` says so instead of mixing two saves.
 
     Args:
         folder: made when missing; other files in it stay.
@@ -87,13 +87,28 @@ def save_student(folder: str | Path, model: nn.Module, *, plan_json: Mapping[str
     Raises:
         UserError: no space, not writable, or a state entry that is no tensor.
     """
+    return save_tensors(folder, weights(model), plan_json)
+
+
+def save_tensors(
+    folder: str | Path,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    names: tuple[str, str] = (WEIGHTS, PLAN),
+) -> Path:
+    """Tensors and what they mean as a safetensors and a JSON file with these names, bound to each other by a hash.
+
+    Raises:
+        UserError: no space or not writable.
+    """
     from safetensors.torch import save
 
     folder = Path(folder)
-    text = json.dumps(strict(plan_json), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(strict(facts), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     raw = text.encode("utf-8", "backslashreplace")
-    atomic_write(folder / WEIGHTS, canonical(save(weights(model), {"format": "pt", "plan_sha256": _sha(raw)})))
-    atomic_write(folder / PLAN, raw)
+    own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    atomic_write(folder / names[0], canonical(save(own, {"format": "pt", "plan_sha256": _sha(raw)})))
+    atomic_write(folder / names[1], raw)
     return folder
 
 
@@ -107,24 +122,26 @@ def canonical(raw: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + raw[8 + size :]
 
 
-def read_student(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and plan as `save_student` wrote them; nothing pickled is read.
+def read_tensors(
+    folder: str | Path, names: tuple[str, str] = (WEIGHTS, PLAN)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts as `save_tensors` (or `save_student`) wrote them; nothing pickled is read.
 
     Returns:
-        The state dict (CPU tensors) and the plan.
+        The tensors (on the CPU) and the facts.
 
     Raises:
         UserError: a file is missing or damaged, or the two are not of the same save; names the file.
     """
-    folder = Path(folder)
-    plan = read_json(folder / PLAN)
-    if not isinstance(plan, dict):
-        raise UserError(f"{folder / PLAN} holds a {type(plan).__name__}, expected an object; export the student again")
-    state, metadata = read_weights(folder / WEIGHTS)
+    data, meaning = (Path(folder) / name for name in names)
+    facts = read_json(meaning)
+    if not isinstance(facts, dict):
+        raise UserError(f"{meaning} holds a {type(facts).__name__}, expected an object; export the student again")
+    state, metadata = read_weights(data)
     expected = metadata.get("plan_sha256")
-    if expected is not None and expected != _sha((folder / PLAN).read_bytes()):
-        raise UserError(f"{PLAN} and {WEIGHTS} in {folder} are not of the same save; export the student again")
-    return state, plan
+    if expected is not None and expected != _sha(meaning.read_bytes()):
+        raise UserError(f"{names[1]} and {names[0]} in {folder} are not of the same save; export the student again")
+    return state, facts
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

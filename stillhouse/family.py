@@ -1,9 +1,8 @@
-"""Family: the models that one run gives, their importance and their ensemble; how they are saved and measured."""
+"""Family: the classifiers that one run gives, their importance and their ensemble; how they are measured."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,37 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.errors import UserError
 from stillhouse.evaluate import agreement, classification, count_macs, count_params, diversity, latency, predict
-from stillhouse.export import read_student, save_student
-from stillhouse.files import inside
 from stillhouse.models import ModelSpec
+from stillhouse.outcomes import Member, Members
 from stillhouse.report import Matrix, Student
-from stillhouse.students.plan import Plan
 
 if TYPE_CHECKING:
     from stillhouse.data import Data, Samples
 
 
 @dataclass
-class Member:
-    """One model of a family.
-
-    Attributes:
-        name: its folder's name.
-        model: a dense network, on the CPU, in eval mode.
-        plan: how it differs from the base.
-        importance: its weight in the ensemble.
-    """
-
-    name: str
-    model: nn.Module
-    plan: Plan
-    importance: float
-
-
-@dataclass
-class Family:
+class Family(Members):
     """The models of one run, largest budget first.
 
     Example (see the README for a whole one)::
@@ -61,29 +40,13 @@ class Family:
     notes: list[str] = field(default_factory=list)
     logs: list[dict[str, Any]] = field(default_factory=list)
 
-    def __iter__(self) -> Iterator[Member]:
-        return iter(self.members)
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, name: str) -> Member:
-        for m in self.members:
-            if m.name == name:
-                return m
-        raise KeyError(f"{name!r}; members are {[m.name for m in self.members]}")
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes every member to ``folder/students/NAME/{model.safetensors, plan.json}``."""
-        return [
-            save_student(inside(Path(folder) / "students", m.name), m.model, plan_json=self._facts(m))
-            for m in self.members
-        ]
-
-    def _facts(self, m: Member) -> dict[str, Any]:
-        facts = json.loads(m.plan.to_json())
-        facts["base"] = self.spec.to_json() if self.spec else {"class": type(self.base).__qualname__}
-        return {**facts, "name": m.name, "classes": list(self.classes), "shape": list(self.shape)}
+    def facts(self, m: Member) -> dict[str, Any]:
+        known = {"classes": list(self.classes), "shape": list(self.shape)}
+        if not (m.spec or self.spec):
+            known["base"] = {
+                "class": type(self.base).__qualname__
+            }  # not the student's own class, which is a slice of it
+        return {**super().facts(m), **known}
 
     def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
         """Σ_i ω_i z_i of the members' logits, each (N, c)."""
@@ -128,7 +91,7 @@ class Family:
         base_params, base_macs = count_params(self.base), count_macs(self.base, example)
         speeds = [latency(m.model, example) for m in self.members]
         # A member that kept everything IS the base: one timing of it, not two that differ by noise.
-        whole = [s for m, s in zip(self.members, speeds, strict=True) if not m.plan.edits]
+        whole = [s for m, s in zip(self.members, speeds, strict=True) if not (m.plan and m.plan.edits)]
         base_ms = (whole[0] if whole else latency(self.base, example)).median_ms
         z, y = self.logits(data.test, device)
         extra = {name: self.logits(part, device) for name, part in data.extra.items()}
@@ -175,41 +138,3 @@ def names_of(ratios: Sequence[float]) -> list[str]:
     stems = [f"p{round(100 * r):02d}" for r in ratios]
     repeats = [stems[:i].count(stem) for i, stem in enumerate(stems)]
     return [stem + ("" if k == 0 else chr(ord("a") + k) if k < 26 else f"_{k}") for stem, k in zip(stems, repeats)]
-
-
-def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:
-    """A student from its folder, in eval mode: builds the base's structure, applies the plan, loads the weights.
-
-    Args:
-        folder: ``RUN/students/NAME``, with model.safetensors and plan.json.
-        base: a network of the base's structure; needed when the run was given a live module, whose construction
-            nothing on disk knows.
-
-    Only JSON and safetensors are read. But a student of your own network names its builder, ``module:function``, and
-    that function is imported and called: give `base` yourself for a folder you do not trust.
-
-    Raises:
-        UserError: files that are missing or damaged, a base that does not fit or is not known.
-
-    Example::
-
-        model = stillhouse.load("runs/r18/students/p50")
-    """
-    tensors, facts = read_student(folder)
-    if base is None:
-        known = facts.get("base") or {}
-        if not isinstance(known, Mapping):
-            raise UserError(f"{folder}: base in plan.json must be an object, got {known!r}")
-        if "name" not in known:
-            raise UserError(
-                f"{folder}: this student was made from a live {known.get('class', 'network')}, which cannot be built "
-                "by name; call stillhouse.load(folder, base=your_network)"
-            )
-        base = ModelSpec.from_json(known).build()
-    model = Plan.from_json(facts).build(base)
-    own = model.state_dict()
-    for name in [*own, *tensors]:
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
-            raise UserError(f"{folder}: model.safetensors and plan.json do not fit each other, first at {name!r}")
-    model.load_state_dict(tensors)
-    return model.eval()

@@ -1,5 +1,7 @@
 """Networks by name: ``stillhouse:resnet20``, ``torchvision:resnet18``, ``timm:convnext_tiny``, ``pkg.mod:build``.
 
+Classes of diffusers and transformers are named with their configuration: ``diffusers:UNet2DModel`` and options.
+
 A `ModelSpec` is everything needed to build a network again in a fresh process; it travels in ``plan.json``.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.errors import UserError, did_you_mean
+from stillhouse.errors import UserError, did_you_mean, need
 
 
 class MLP(nn.Sequential):
@@ -159,6 +162,8 @@ class ModelSpec:
                 model = self._torchvision(name, pretrained)
             elif source == "timm":
                 model = self._timm(name, pretrained)
+            elif source in ("diffusers", "transformers"):
+                model = self._by_config(source, name)
             else:
                 model = self._user(source, name)
         if self.stem == "small":
@@ -213,6 +218,32 @@ class ModelSpec:
                 raise
             raise UserError(f"the pretrained weights of timm:{name} could not be had: {_line(error)}") from None
 
+    def _by_config(self, library: str, name: str) -> nn.Module:
+        """A class of diffusers or transformers from its configuration (`options`), with fresh weights."""
+        kind = getattr(import_library(library), name, None)
+        if kind is None:
+            raise UserError(f"{library} has no class {name!r}; check the installed version")
+        if library == "diffusers":
+            return kind.from_config(dict(self.options))
+        return kind(kind.config_class.from_dict(dict(self.options)))
+
+    @staticmethod
+    def of(model: nn.Module, shape: tuple[int, ...] = (), classes: int = 0) -> ModelSpec:
+        """How to build a model of diffusers or transformers again: its class and configuration.
+
+        Raises:
+            UserError: the model is of another kind.
+        """
+        library, config = type(model).__module__.partition(".")[0], getattr(model, "config", None)
+        if library == "diffusers":
+            options = {k: v for k, v in dict(config or {}).items() if not k.startswith("_")}
+        elif library == "transformers" and config is not None:
+            options = config.to_diff_dict()
+            options.pop("transformers_version", None)
+        else:
+            raise UserError(f"{type(model).__name__} is no model of diffusers or transformers; give a ModelSpec for it")
+        return ModelSpec(f"{library}:{type(model).__name__}", classes, shape, options=json.loads(json.dumps(options)))
+
     def _user(self, module: str, name: str) -> nn.Module:
         build = import_object(f"{module}:{name}", "--model")
         known = {"classes": self.classes, "num_classes": self.classes, "shape": self.shape, **self.options}
@@ -224,6 +255,14 @@ class ModelSpec:
         if not isinstance(model, nn.Module):
             raise UserError(f"--model {module}:{name} returned {type(model).__name__}, expected a torch.nn.Module")
         return model
+
+
+def import_library(name: str) -> Any:
+    """diffusers or transformers, which come with an extra."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise need({"diffusers": "diffusion", "transformers": "text"}[name], name) from None
 
 
 def import_object(path: str, what: str) -> Any:

@@ -1,4 +1,4 @@
-"""Flags that every system's run has, beside the fields of its own Config."""
+"""Flags that a system's run has beside the fields of its own Config: those of all systems, and those for images."""
 
 from __future__ import annotations
 
@@ -15,18 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What to run on what, where and how."""
+    """What to run on what, where and how; an experiment whose module says ``OPTIONS = …`` has a subclass."""
 
     out: Path  # folder for the results; must not hold anything yet
-    model: str | None = None  # stillhouse:NAME, torchvision:NAME, timm:NAME or package.module:function
-    data: str | None = None  # digits, mnist, fashion-mnist, cifar10, folder:PATH, hf:NAME or package.module:function
-    pretrained: bool = False  # start from the library's pretrained weights
-    stem: Literal["keep", "small"] = "keep"  # small: a ResNet's stem for images of about 32 pixels
-    image_size: int | None = None  # side of the square images, for folder: and hf: (default: at most 224)
-    limit: int | None = None  # use only this many training samples, balanced over the classes
-    label_noise: float = 0.0  # part of the training labels to replace by wrong ones
-    augment: str | None = None  # none, flip, crop-flip, resized-crop-flip (default: what the data set is used to)
-    skip_bad: bool = False  # count and skip images that cannot be read, instead of stopping
+    model: str | None = None  # your own: a library's by name, or package.module:function (stillhouse show SYSTEM)
+    data: str | None = None  # your own: by name, a file or folder, or package.module:function (stillhouse show SYSTEM)
     seed: int = 0  # everything random is a function of it
     seeds: int = 3  # seeds for the claims of the built-in experiment
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -39,6 +32,11 @@ class Options:
     checkpoint_every: int | None = None  # steps between checkpoints (default: once a minute)
     track: tuple[str, ...] = ()  # trackers: tensorboard, wandb, …
     quiet: bool = False  # print only the result
+
+    @property
+    def own(self) -> bool:
+        """Whether the user brought a model or data; else the built-in experiment runs."""
+        return self.model is not None or self.data is not None
 
     def run(self) -> Run:
         """The run these options describe."""
@@ -59,6 +57,25 @@ class Options:
             quiet=self.quiet,
         )
 
+    def children(self) -> Sequence[int]:
+        """The seeds of a claim: this run's and the ones after it."""
+        return list(range(self.seed, self.seed + self.seeds))
+
+
+@dataclass(frozen=True)
+class ImageOptions(Options):
+    """Options of systems for image classifiers."""
+
+    model: str | None = None  # stillhouse:NAME, torchvision:NAME, timm:NAME or package.module:function
+    data: str | None = None  # digits, mnist, fashion-mnist, cifar10, folder:PATH, hf:NAME or package.module:function
+    pretrained: bool = False  # start from the library's pretrained weights
+    stem: Literal["keep", "small"] = "keep"  # small: a ResNet's stem for images of about 32 pixels
+    image_size: int | None = None  # side of the square images, for folder: and hf: (default: at most 224)
+    limit: int | None = None  # use only this many training samples, balanced over the classes
+    label_noise: float = 0.0  # part of the training labels to replace by wrong ones
+    augment: str | None = None  # none, flip, crop-flip, resized-crop-flip (default: what the data set is used to)
+    skip_bad: bool = False  # count and skip images that cannot be read, instead of stopping
+
     def load_data(self, default: str) -> Data:
         """The data named by ``--data``, or `default`."""
         from stillhouse.data import load
@@ -78,7 +95,3 @@ class Options:
         from stillhouse.models import ModelSpec
 
         return ModelSpec(self.model or default, len(data.classes), tuple(data.shape), self.stem)
-
-    def children(self) -> Sequence[int]:
-        """The seeds of a claim: this run's and the ones after it."""
-        return list(range(self.seed, self.seed + self.seeds))

@@ -36,6 +36,7 @@ class Clock:
         steps_per_epoch: steps in one pass over the source.
         rank, world: this process and the number of processes.
         micro, micros: which micro-batch of the step this is, and how many there are.
+        turn: which of an Update's repeats this is, from 0.
         device: where the step runs.
     """
 
@@ -48,6 +49,7 @@ class Clock:
     world: int = 1
     micro: int = 0
     micros: int = 1
+    turn: int = 0
     device: str = "cpu"
     all_mean: Callable[[Sequence[Tensor], int], list[Tensor]] = field(
         default=lambda tensors, count: list(tensors), repr=False, compare=False
@@ -69,9 +71,10 @@ class Clock:
         return self.step / max(1, self.steps)
 
     def generator(self, *names: object, device: str | torch.device = "cpu") -> torch.Generator:
-        """A fresh generator seeded by (seed, stage, step, rank, micro, names): the same after a resume."""
+        """A fresh generator seeded by (seed, stage, step, rank, micro, names, turn): the same after a resume."""
         g = torch.Generator(device=device)
-        g.manual_seed(fold(self.seed, self.stage, self.step, self.rank, self.micro, *names))
+        turn = [f"turn {self.turn}"] if self.turn else []
+        g.manual_seed(fold(self.seed, self.stage, self.step, self.rank, self.micro, *names, *turn))
         return g
 
 
@@ -135,7 +138,7 @@ class Update:
         lr: factor on each group's learning rate as a function of the clock; None keeps it constant.
         every: due at steps that are multiples of this.
         start: not due before this step.
-        repeat: how often it runs in a step when due.
+        repeat: how often it runs in a step when due; ``clock.turn`` counts, and parts what generators draw.
         clip: largest global gradient norm; None does not clip.
         maximize: ascend instead of descend.
         whole: give the method the whole local batch even when steps are split into micro-batches (for methods
@@ -207,8 +210,8 @@ class Teacher(Protocol):
 class Source(Protocol):
     """Batches as a function of the clock (seed, epoch, position, rank): stateless, so resuming is free.
 
-    A source with real state (replay, environments) also has ``state_dict()`` / ``load_state_dict()``; the
-    engine saves it with the checkpoint.
+    A source with real state (replay, environments) also has ``state_dict()`` / ``load_state_dict()`` with tensors,
+    alike on every rank; the engine saves it with the checkpoint, and `together` hands it on.
     """
 
     @property

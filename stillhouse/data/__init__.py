@@ -1,22 +1,24 @@
 """Samples, sources of batches, data by name, and a user's own data."""
 
 from stillhouse.data.images import Images
-from stillhouse.data.named import load
+from stillhouse.data.named import find, load
 from stillhouse.data.samples import Arrays, Relabelled, Samples, Subset
 from stillhouse.data.sets import Data, as_data, from_arrays, split
-from stillhouse.data.sources import Batches, prefetch, together
+from stillhouse.data.sources import Batches, Drawn, prefetch, together
 from stillhouse.data.wrapped import Wrapped
 
 __all__ = [
     "Arrays",
     "Batches",
     "Data",
+    "Drawn",
     "Images",
     "Relabelled",
     "Samples",
     "Subset",
     "Wrapped",
     "as_data",
+    "find",
     "from_arrays",
     "load",
     "prefetch",

@@ -111,6 +111,23 @@ def load(
     return replace(data, train=train, notes=tuple(notes))
 
 
+def find(name: str) -> Path:
+    """The folder of a set that Stillhouse does not download, in $STILLHOUSE_DATA.
+
+    Raises:
+        UserError: it is not there; says where it was looked for.
+    """
+    place = os.environ.get("STILLHOUSE_DATA")
+    if not place:
+        raise UserError(
+            f"the data {name!r} are looked for in STILLHOUSE_DATA, which is not set; set it to their folder"
+        )
+    folder = Path(place).expanduser() / name
+    if not folder.is_dir():
+        raise UserError(f"the data {name!r} are not in STILLHOUSE_DATA={place}: there is no folder {folder}")
+    return folder
+
+
 def opener(spec: str) -> Callable[[Options], Data]:
     """The function that opens what `spec` names."""
     if spec in NAMED:

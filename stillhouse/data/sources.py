@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stillhouse.data.samples import Samples, digest
 from stillhouse.errors import UserError
-from stillhouse.system import Batch, Clock, Source, fold
+from stillhouse.system import Batch, Clock, Source, fold, map_tensors
 
 
 @lru_cache(maxsize=16)
@@ -184,6 +184,20 @@ class Together(Source):
         return Lazy({k: partial(s.batch, own(clock, s)) for k, s in self.sources.items()})
 
 
+class TogetherWithState(Together):
+    """Several sources side by side, some of which remember: replay, environments."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{k}/{n}": t for k, s in self._with_state() for n, t in s.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for k, s in self._with_state():
+            s.load_state_dict({n.removeprefix(f"{k}/"): t for n, t in state.items() if n.startswith(f"{k}/")})
+
+    def _with_state(self) -> Iterator[tuple[str, Any]]:
+        return ((k, s) for k, s in self.sources.items() if hasattr(s, "state_dict"))
+
+
 def own(clock: Clock, source: Source) -> Clock:
     """The clock with this source's epoch length, so that its epoch and position are the source's own."""
     return replace(clock, steps_per_epoch=source.steps_per_epoch)
@@ -202,7 +216,50 @@ def together(**sources: Source) -> Together:
         >>> sorted(both.batch(Clock())), both.steps_per_epoch
         (['held_out', 'train'], 2)
     """
-    return Together(sources)
+    kind = TogetherWithState if any(hasattr(s, "state_dict") for s in sources.values()) else Together
+    return kind(sources)
+
+
+class Drawn(Source):
+    """Batches made from nothing but the clock: noise, prompts, states of a known world.
+
+    The whole global batch is drawn, and a rank takes its contiguous share, so that several processes see together
+    what one would.
+
+    Args:
+        make: ``make(n, generator) -> {"input": (n, …), …}``, tensors with n rows.
+        batch_size: n, over all processes.
+        name: says what is drawn; a resume under another name is refused.
+        steps_per_epoch: there are no epochs; this is what counts as one.
+
+    Example:
+        >>> source = Drawn(lambda n, g: {"noise": torch.randn(n, 2, generator=g)}, 4, "noise")
+        >>> source.batch(Clock())["noise"].shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(
+        self, make: Callable[[int, torch.Generator], Batch], batch_size: int, name: str, steps_per_epoch: int = 1
+    ):
+        if batch_size < 1 or steps_per_epoch < 1:
+            raise UserError(f"batch_size and steps_per_epoch must be positive, got {batch_size}, {steps_per_epoch}")
+        self.make, self.batch_size, self.name = make, batch_size, name
+        self._steps_per_epoch = steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._steps_per_epoch
+
+    @property
+    def fingerprint(self) -> str:
+        return digest("drawn", self.name, self.batch_size)
+
+    def num_samples(self, clock: Clock) -> int:
+        return self.batch_size
+
+    def batch(self, clock: Clock) -> Batch:
+        whole = self.make(self.batch_size, replace(clock, rank=0, micro=0, turn=0).generator("drawn", self.name))
+        return map_tensors(whole, lambda t: torch.tensor_split(t, clock.world)[clock.rank])
 
 
 class Prefetched(Source):

@@ -7,8 +7,12 @@ code-checked, reconstructed, …) and PAPER. Recipes import the library; the lib
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import importlib
+import inspect
 import pkgutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +57,18 @@ def find(name: str) -> ModuleType:
     if name not in names():
         raise UserError(f"no system {name!r}; {did_you_mean(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def comments(config: type) -> dict[str, str]:
+    """What each field of a Config means: the comment that ends its line."""
+    lines = textwrap.dedent(inspect.getsource(config)).splitlines()
+    fields = {f.name for f in dataclasses.fields(config)}
+    found = {}
+    for node in ast.parse("\n".join(lines)).body[0].body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in fields:
+            rest = lines[(node.end_lineno or 1) - 1].encode()[node.end_col_offset :].decode()
+            found[node.target.id] = rest.strip().removeprefix("#").strip()
+    return found
 
 
 def experiment(name: str) -> ModuleType:

@@ -1,7 +1,8 @@
 """What the contract table runs in processes of their own.
 
 worker.py joint OUT       the JOINT rows, as one of several processes (RANK, WORLD_SIZE, … say which)
-worker.py load OUT DIR…   stillhouse.load of every student folder; its logits on a fixed input
+worker.py load OUT DIR…   stillhouse.load of every student folder; its answers to a fixed input
+again OUT DIR…  stillhouse.load of every other outcome's folder, saved again under OUT/0, OUT/1, …
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from stillhouse.errors import Interrupted, NotFinite
 from stillhouse.run import Run
 
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "contract"), str(TESTS / "recipes")]
 torch.set_num_threads(1)
 
 
@@ -28,9 +31,10 @@ def joint(out: Path) -> None:
     run = Run(out / "rank", device="cpu")  # before the rows: it makes the process group
     assert run.world == 2, run.world
     for row in JOINT:
-        family = row.make(out / "shared" / row.name)
-        family.save(out / f"rank{run.rank}" / row.name)
-        write_json(out / f"rank{run.rank}" / row.name / "omega.json", [m.importance for m in family])
+        outcome = row.make(out / "shared" / str(row))
+        outcome.save(out / f"rank{run.rank}" / str(row))
+        importance = [m.importance for m in getattr(outcome, "members", [])]
+        write_json(out / f"rank{run.rank}" / str(row) / "importance.json", importance)
     for name, kind in (("stopped", "SIGTERM"), ("not finite", "NaN")):
         (out / f"rank{run.rank}" / name).write_text(trouble(run.child(name), kind))
     run.close()
@@ -86,18 +90,37 @@ def load(out: Path, folders: list[str]) -> None:
 
     answers = {}
     for folder in folders:
-        shape = read_json(Path(folder) / "plan.json")["shape"]
+        facts = read_json(Path(folder) / "plan.json")
         with torch.no_grad():
-            answers[folder] = stillhouse.load(folder)(fixed_input(shape))
+            answers |= answers_of(stillhouse.load(folder), facts, folder)
     save_file(answers, out)
 
 
-def fixed_input(shape: list[int]) -> torch.Tensor:
-    return torch.randn(5, *shape, generator=torch.Generator().manual_seed(7))
+def again(out: Path, folders: list[str]) -> None:
+    import stillhouse
+
+    for i, folder in enumerate(folders):
+        stillhouse.load(folder).save(out / str(i))
+
+
+def answers_of(model: torch.nn.Module, facts: Any, name: str) -> dict[str, torch.Tensor]:
+    """Every tensor a model answers with to fixed values of the inputs that its plan.json describes."""
+    from stillhouse.evaluate import call
+    from stillhouse.outcomes import example_inputs
+    from stillhouse.system import map_tensors, walk
+
+    draws = torch.Generator().manual_seed(7)
+
+    def draw(t: torch.Tensor) -> torch.Tensor:
+        return torch.randn(t.shape, generator=draws, dtype=t.dtype) if t.is_floating_point() else t
+
+    with torch.no_grad():
+        said = call(model, map_tensors(example_inputs(facts, name), draw))
+    return {f"{name}#{i}": t.clone() for i, t in enumerate(walk(said))}
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "joint":
         joint(Path(sys.argv[2]))
     else:
-        load(Path(sys.argv[2]), sys.argv[3:])
+        {"load": load, "again": again}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:])

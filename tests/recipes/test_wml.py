@@ -8,14 +8,64 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kit import SHARES, base_network, gradients, images, learner, peer_set, shake, state
+from table import Row
 from torch import Tensor
 from torch.func import functional_call
 
+from stillhouse.models import ModelSpec
 from stillhouse.recipes.wml.rules import DML, WML, Seen
 from stillhouse.students.norms import frozen_statistics
 from stillhouse.students.peers import Nested, Tree
 from stillhouse.system import Clock, Gradients
 from stillhouse.weights import MirrorDescent
+
+# -- more rows of the contract table -----------------------------------------------------------------------------------
+
+CNN = {"base": ModelSpec("stillhouse:cnn", 10, (1, 8, 8), options={"widths": [4, 8, 16]})}
+
+ROWS = [
+    Row("wml", "merge", {"merge_epochs": 1.0}),
+    Row("wml", "nested", {"share": "nested", "trunk": (), "optimizer": "sgd", "lr": 0.05}),
+    Row("wml", "none-fd-after", {"share": "none", "trunk": (), "hypergradient": "fd", "at": "after"}),
+    Row("wml", "batchnorm", {"trunk": ()}, CNN),
+    Row("wml", "nested-batchnorm", {"share": "nested", "trunk": ()}, CNN),
+    Row("wml", "ema", {"ema": 0.9, "ramp": 0.5}),
+    Row("wml", "two-pass", {"two_pass": True, "share": "none", "trunk": ()}),
+    Row("wml", "micro", {}, micro_batch=10),
+    Row("wml", "dml", {"rule": "dml"}),
+    Row("wml", "kdcl-general", {"rule": "kdcl-general"}),
+    Row("wml", "one", {"rule": "one"}),
+    Row("wml", "okddip", {"rule": "okddip", "ratios": (0.0, 0.25, 0.5)}),
+    Row("wml", "sandwich", {"rule": "sandwich", "share": "nested", "trunk": (), "lr": 1e-3}),
+]
+
+
+# (left, right): these two runs give the same bytes. Only rounding could part them, and there is none: m·(1/m)·CE is
+# exact for m a power of two (here 2), and 0·teaching adds zeros to the gradient.
+_APART = {"share": "none", "trunk": ()}
+ZERO = [
+    (
+        Row("wml", "alpha 0, eta 0", {**_APART, "alpha": 0.0, "eta": 0.0}),
+        Row("wml", "independent", {**_APART, "rule": "independent"}),
+    ),
+    *(
+        (
+            Row("wml", f"{rule}, alpha 0", {**_APART, "rule": rule, "alpha": 0.0}),
+            Row("wml", "independent", {**_APART, "rule": "independent"}),
+        )
+        for rule in ("dml", "kdcl-mean", "kdcl-minlogit")
+    ),
+]
+
+# Plain SGD: an adaptive optimiser turns a gradient that is zero but for rounding into a whole step.
+_SGD = {"optimizer": "sgd", "lr": 0.05}
+JOINT = [
+    Row("wml", "independent", {**_SGD, "rule": "independent"}),
+    Row("wml", "tree", _SGD),
+    Row("wml", "uneven", {**_SGD, "batch": 31, "outer_batch": 15}),
+    Row("wml", "after", {**_SGD, "at": "after", "share": "none", "trunk": ()}),
+    Row("wml", "dml", {**_SGD, "rule": "dml", "merge_epochs": 1.0}),
+]
 
 # -- the golden vector of the card ------------------------------------------------------------------------------------
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from stillhouse.data import Batches, Data, from_arrays
 from stillhouse.engine import Run
-from stillhouse.family import Family, load
+from stillhouse.family import Family
 from stillhouse.files import read_json
 from stillhouse.models import ModelSpec
+from stillhouse.outcomes import load
 from stillhouse.recipes.wml.config import Config
 from stillhouse.recipes.wml.recipe import distill
 from stillhouse.recipes.wml.rules import NAMES

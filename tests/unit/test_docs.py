@@ -20,7 +20,7 @@ import pytest
 
 import stillhouse
 from stillhouse import cli, recipes
-from stillhouse.options import Options
+from stillhouse.options import ImageOptions
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -144,7 +144,7 @@ def test_commands_parse(page: Path) -> None:
 
 def known_flags() -> set[str]:
     configs = [recipes.find(name).Config for name in recipes.names()]
-    names = {f.name.replace("_", "-") for c in (Options, *configs) for f in fields(c)}
+    names = {f.name.replace("_", "-") for c in (ImageOptions, *configs) for f in fields(c)}
     commands_py = (PACKAGE / "cli.py").read_text()
     scripts = "".join(p.read_text() for p in (ROOT / "benchmarks").glob("*.py"))
     return (

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
-from stillhouse.export import Parity, export, read_student, read_weights, save_student, weights
-from stillhouse.family import Family, Member
+from stillhouse.export import Parity, export, read_tensors, read_weights, save_student, weights
+from stillhouse.family import Family
 from stillhouse.files import inside
+from stillhouse.outcomes import Member
 from stillhouse.students.plan import Plan
 
 FORMATS = {"onnx": "net.onnx", "torch-export": "net.pt2", "safetensors": "net.safetensors"}
@@ -264,7 +265,7 @@ class Tied(nn.Module):
 def test_a_student_comes_back_as_it_was(tmp_path: Path) -> None:
     net, plan = Tied(), {"name": "ω <p50>", "edits": [], "nothing": math.nan, "shape": (1, 2)}
     assert save_student(tmp_path / "new" / "p50", net, plan_json=plan) == tmp_path / "new" / "p50"
-    state, again = read_student(tmp_path / "new" / "p50")
+    state, again = read_tensors(tmp_path / "new" / "p50")
     assert again == {"name": "ω <p50>", "edits": [], "nothing": None, "shape": [1, 2]}
     assert set(state) == set(net.state_dict())
     for name, value in net.state_dict().items():
@@ -311,7 +312,7 @@ def student(tmp_path: Path) -> Path:
 def test_a_damaged_file_is_refused_by_name(student: Path, name: str, spoil: Callable[[bytes], bytes]) -> None:
     (student / name).write_bytes(spoil((student / name).read_bytes()))
     with pytest.raises(UserError) as caught:
-        read_student(student)
+        read_tensors(student)
     one_line(caught, str(student / name), "damaged")
 
 
@@ -319,7 +320,7 @@ def test_a_damaged_file_is_refused_by_name(student: Path, name: str, spoil: Call
 def test_a_missing_file_is_named(student: Path, name: str) -> None:
     (student / name).unlink()
     with pytest.raises(UserError) as caught:
-        read_student(student)
+        read_tensors(student)
     one_line(caught, str(student / name), "does not exist")
 
 
@@ -329,15 +330,15 @@ def test_a_plan_and_weights_of_different_saves_are_refused(student: Path, tmp_pa
         kept = (student / name).read_bytes()
         (student / name).write_bytes((tmp_path / "other" / name).read_bytes())
         with pytest.raises(UserError) as caught:
-            read_student(student)
+            read_tensors(student)
         one_line(caught, str(student), "same save")
         (student / name).write_bytes(kept)
     (student / "plan.json").write_text(json.dumps({"name": "p50", "more": 1}))
     with pytest.raises(UserError, match="same save"):
-        read_student(student)
+        read_tensors(student)
     (student / "plan.json").write_text("[]")
     with pytest.raises(UserError, match="expected an object"):
-        read_student(student)
+        read_tensors(student)
 
 
 def test_a_pickle_is_no_student(student: Path) -> None:
@@ -350,11 +351,11 @@ def test_a_pickle_is_no_student(student: Path) -> None:
 
     torch.save({"weight": Evil()}, student / "model.safetensors")
     with pytest.raises(UserError, match="damaged"):
-        read_student(student)
+        read_tensors(student)
     np.save(student / "plan.npy", np.array([Evil()], dtype=object), allow_pickle=True)
     (student / "plan.json").write_bytes((student / "plan.npy").read_bytes())
     with pytest.raises(UserError, match="damaged"):
-        read_student(student)
+        read_tensors(student)
     assert not mark.exists()
 
 

@@ -307,7 +307,7 @@ def test_fresh_peers_have_attention_of_their_own():
 @pytest.mark.parametrize("share", ["tree", "nested"])
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:mobilenet_v3_small", "timm:convnext_atto"])
 def test_library_networks(name, share, tmp_path):
-    from stillhouse.export import read_student, save_student
+    from stillhouse.export import read_tensors, save_student
 
     spec = ModelSpec(name, 3, (3, 32, 32), "small" if "resnet" in name else "keep")
     base, x = spec.build(seed=0), rand(4, 3, 32, 32, dtype=torch.float32)
@@ -321,7 +321,7 @@ def test_library_networks(name, share, tmp_path):
             close = {"rtol": 1e-4, "atol": 1e-5 * float(together[i].abs().max() + 1)}
             torch.testing.assert_close(student(x), together[i], **close)
             save_student(tmp_path / str(i), student, plan_json=json.loads(peers.plans[i].to_json()))
-            tensors, facts = read_student(tmp_path / str(i))
+            tensors, facts = read_tensors(tmp_path / str(i))
             again = Plan.from_json(facts).build(spec.build(seed=1)).eval()
             again.load_state_dict(tensors)
             assert torch.equal(again(x), student(x))

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from stillhouse.data import Data, Relabelled, Samples, load, split
 from stillhouse.engine import Run
-from stillhouse.evaluate import environment, spread
+from stillhouse.evaluate import environment
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec
-from stillhouse.options import Options
-from stillhouse.progress import Progress
+from stillhouse.options import ImageOptions
 from stillhouse.recipes.wml.recipe import Config, distill
 from stillhouse.report import Claim, Curve, Report, Table
 from stillhouse.system import fold
+from stillhouse.trials import mean, table, trials
 
+OPTIONS = ImageOptions
 # What `stillhouse run wml` does without a model or data: the digits experiment of the card.
 PRESET = Config(
     ratios=(0.0, 0.5, 0.75, 0.875), trunk=("2",), epochs=60, batch=64, optimizer="adamw", lr=3e-3, weight_decay=0.0,
@@ -37,9 +38,9 @@ TINY = replace(PRESET, ratios=(0.0, 0.5), epochs=2, warmup=0, outer_every=2, bat
 MLP = ModelSpec("stillhouse:mlp", 10, (1, 8, 8), options={"widths": [64, 64]})
 
 
-def main(run: Run, options: Options, cfg: Config, command: str) -> Report | None:
+def main(run: Run, options: ImageOptions, cfg: Config, command: str) -> Report | None:
     """One run as the command makes it: train, save the students, measure; the report, on the main process."""
-    own = options.model is not None or options.data is not None
+    own = options.own
     data = options.load_data("digits")
     base = options.spec(data, "stillhouse:cnn") if own else MLP
     network = base.build(seed=run.seed, pretrained=True) if options.pretrained else None
@@ -155,24 +156,12 @@ def run_arms(run: Run, cfg: Config, seeds: Sequence[int]) -> dict[str, list[dict
         "30 % label noise: WML": ({}, 0.3, False),
     }
 
-    def once(child: Run, changes: Mapping[str, Any], noise: float, poisoned: bool) -> dict[str, Any]:
+    def once(changes: Mapping[str, Any], noise: float, poisoned: bool, child: Run) -> dict[str, Any]:
         data, began = small_digits(noise, child.seed), time.monotonic()
         family = distill(child, data, MLP, replace(cfg, **changes), labels=poison if poisoned else None)
         return {**family.evaluate(data), **family.cost, "seconds": time.monotonic() - began}
 
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    with Progress("claims", len(arms) * len(seeds), 0, run.quiet or not run.main) as bar:
-        for arm, settings in arms.items():
-            for seed in seeds:
-                slug = "".join(c if c.isalnum() else "-" for c in arm.lower())
-                child = run.child(f"{slug}-{seed}", seed=seed, quiet=True)
-                results[arm].append(child.memo("result", partial(once, child, *settings)))
-                bar.advance([])
-    return results
-
-
-def mean(arm: list[dict[str, Any]], key: str) -> float:
-    return sum(r[key] for r in arm) / len(arm)
+    return trials(run, {arm: partial(once, *settings) for arm, settings in arms.items()}, seeds)
 
 
 def claims(arms: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int]) -> list[Claim]:
@@ -195,20 +184,12 @@ def claims(arms: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int]) -> li
 
 
 def tables(arms: Mapping[str, list[dict[str, Any]]]) -> list[Table]:
-    keys = {
-        "mean peer accuracy %": ("mean_accuracy", 100.0),
-        "ensemble accuracy %": ("ensemble_accuracy", 100.0),
-        "ensemble NLL": ("ensemble_nll", 1.0),
-        "trained parameters": ("trained_params", 1.0),
-        "seconds": ("seconds", 1.0),
+    columns = {
+        "mean peer accuracy %": ("mean_accuracy", 100.0, 1),
+        "ensemble accuracy %": ("ensemble_accuracy", 100.0, 1),
+        "ensemble NLL": ("ensemble_nll", 1.0, 3),
+        "trained parameters": ("trained_params", 1.0, 0),
+        "seconds": ("seconds", 1.0, 1),
     }
-    rows = []
-    for arm, results in arms.items():
-        row: list[Any] = [arm]
-        for key, scale in keys.values():
-            s = spread([scale * r[key] for r in results])
-            digits = 3 if key == "ensemble_nll" else 0 if key == "trained_params" else 1
-            row.append(f"{s['mean']:.{digits}f}" + (f" ± {s['std']:.{digits}f}" if s["n"] > 1 and digits else ""))
-        rows.append(row)
     note = "mean ± standard deviation over seeds; independent and uniform arms see the same 300 labels as WML"
-    return [Table("Arms on small digits", ["arm", *keys], rows, note)]
+    return [table("Arms on small digits", arms, columns, note)]

@@ -28,9 +28,10 @@ from stillhouse.data import Batches, Data, Samples, prefetch, split, together
 from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import count_params, evaluating, logits_of
-from stillhouse.family import Family, Member, names_of
+from stillhouse.family import Family, names_of
 from stillhouse.models import ModelSpec
 from stillhouse.objectives.logits import cross_entropy
+from stillhouse.outcomes import Member
 from stillhouse.recipes.wml.config import Config
 from stillhouse.recipes.wml.mutual import Mutual
 from stillhouse.recipes.wml.rules import make_rule

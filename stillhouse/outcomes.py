@@ -1,0 +1,328 @@
+"""What runs give, how it is saved, and how `load` reads it back: models, data sets, queries.
+
+Every outcome has ``save(folder)``, which writes safetensors and JSON that live without the run:
+
+| outcome | files |
+|---|---|
+| models (`Family`, `Models` and what is derived from them) | ``students/NAME/{model.safetensors, plan.json}`` |
+| `DataSet` | ``dataset/{data.safetensors, dataset.json}`` and pictures |
+| `Queries` | ``queries/queries.json`` |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.errors import UserError
+from stillhouse.evaluate import count_macs, count_params, latency
+from stillhouse.export import PLAN, WEIGHTS, read_tensors, save_student, save_tensors
+from stillhouse.files import atomic_write, inside, read_json, write_json
+from stillhouse.models import ModelSpec
+from stillhouse.report import Student
+from stillhouse.students.plan import Plan
+
+DATA, DATA_FACTS, QUERIES = "data.safetensors", "dataset.json", "queries.json"
+FORMAT = 1
+
+
+@dataclass
+class Member:
+    """One model of an outcome.
+
+    Attributes:
+        name: its folder's name.
+        model: the network, on the CPU, in eval mode.
+        plan: how it differs from its base; None where it is the base itself.
+        importance: its weight in an ensemble of all members.
+        spec: how its base is built again; None takes the outcome's.
+    """
+
+    name: str
+    model: nn.Module
+    plan: Plan | None = None
+    importance: float = 1.0
+    spec: ModelSpec | None = None
+
+
+class Members:
+    """What outcomes made of models share: access by name, saving, and the rows of a report."""
+
+    members: list[Member]
+    spec: ModelSpec | None
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, name: str) -> Member:
+        for m in self.members:
+            if m.name == name:
+                return m
+        raise KeyError(f"{name!r}; members are {[m.name for m in self.members]}")
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Writes every member to ``folder/students/NAME/{model.safetensors, plan.json}``."""
+        return [
+            save_student(inside(Path(folder) / "students", m.name), m.model, plan_json=self.facts(m))
+            for m in self.members
+        ]
+
+    def facts(self, m: Member) -> dict[str, Any]:
+        """The content of a member's ``plan.json``."""
+        facts = json.loads((m.plan or Plan.identity(m.model)).to_json())
+        spec = m.spec or self.spec
+        facts["base"] = spec.to_json() if spec else {"class": type(m.model).__qualname__}
+        return {**facts, "name": m.name}
+
+
+@dataclass
+class Models(Members):
+    """Models that are not one family of classifiers: samplers, policies, models of text or graphs.
+
+    Attributes:
+        members: the models.
+        inputs: an example input of one sample, as the models are called: a tensor, a tuple by position or a mapping
+            by name. Cost and latency are measured with it, and exports are made with it.
+        spec: how the members' base is built again, where they share one.
+        cost: what training took. notes: what the user should know. logs: rows of the stages.
+
+    Example:
+        >>> made = Models([Member("line", nn.Linear(3, 2))], torch.zeros(1, 3))
+        >>> made["line"].model.out_features
+        2
+    """
+
+    members: list[Member]
+    inputs: Any
+    spec: ModelSpec | None = None
+    cost: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    logs: list[dict[str, Any]] = field(default_factory=list)
+
+    def facts(self, m: Member) -> dict[str, Any]:
+        return {**super().facts(m), "inputs": describe(self.inputs)}
+
+    def rows(self, folder: str | Path, metrics: Mapping[str, Mapping[str, Any]]) -> list[Student]:
+        """Report rows of the saved members: parameters, MACs and latency of one call, bytes, and `metrics` by name."""
+        rows = []
+        for m in self.members:
+            path, speed = Path(folder) / "students" / m.name, latency(m.model, self.inputs)
+            measured = {
+                "bytes": (path / WEIGHTS).stat().st_size,
+                "latency_p10": speed.p10_ms,
+                "latency_p90": speed.p90_ms,
+                "threads": speed.threads,
+            }
+            cost = (count_params(m.model), count_macs(m.model, self.inputs), speed.median_ms)
+            rows.append(Student(m.name, f"students/{m.name}", *cost, {**metrics.get(m.name, {}), **measured}))
+        return rows
+
+
+def describe(inputs: Any) -> Any:
+    """An example input as JSON: every tensor becomes its shape and dtype."""
+    if isinstance(inputs, Tensor):
+        return {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+    if isinstance(inputs, Mapping):
+        return {k: describe(v) for k, v in inputs.items()}
+    return [describe(v) for v in inputs]
+
+
+def example_inputs(facts: Mapping[str, Any], where: str) -> Any:
+    """Zeros like the inputs that a ``plan.json`` describes (`describe`), or of its ``shape``; a batch of two.
+
+    Raises:
+        UserError: neither is there, or they are no sizes.
+    """
+
+    def made(value: Any) -> Any:
+        if isinstance(value, Mapping) and set(value) == {"shape", "dtype"}:
+            dtype, size = getattr(torch, str(value["dtype"]), None), value["shape"]
+            if isinstance(dtype, torch.dtype) and isinstance(size, list) and _sizes(size):
+                return torch.zeros([2, *size[1:]] if size else [], dtype=dtype)
+        elif isinstance(value, Mapping):
+            return {str(k): made(v) for k, v in value.items()}
+        elif isinstance(value, list):
+            return tuple(made(v) for v in value)
+        raise UserError(f"{where}: inputs must describe tensors by shape and dtype, got {value!r}")
+
+    if "inputs" in facts:
+        return made(facts["inputs"])
+    shape = facts.get("shape")
+    if not isinstance(shape, list) or not _sizes(shape):
+        raise UserError(f"{where}: shape must be a list of sizes, got {shape!r}")
+    return torch.zeros(2, *shape)
+
+
+def _sizes(value: list[Any]) -> bool:
+    return all(isinstance(n, int) and n > 0 for n in value)
+
+
+@dataclass
+class DataSet:
+    """A distilled data set: tensors, and where they come from.
+
+    Attributes:
+        tensors: name to values: images, embeddings or graphs; labels; step sizes; weights. Names with a dot group
+            them: ``labels``, ``labels.text`` count as labels in `bytes`.
+        facts: strict JSON: the method, what the values mean (normalisation, shapes, class names), how to train on
+            them, the seed.
+        pictures: name to PNG, for people.
+
+    Example:
+        >>> small = DataSet({"images": torch.zeros(2, 1, 8, 8), "labels": torch.zeros(2, 10)}, {"method": "none"})
+        >>> small.bytes()
+        {'images': 512, 'labels': 80, 'total': 592}
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    pictures: dict[str, bytes] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise KeyError(f"{name!r}; the set has {sorted(self.tensors)}")
+        return self.tensors[name]
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes of each group of tensors and of all: what a budget is to be counted in."""
+        sizes: dict[str, int] = {}
+        for name, t in self.tensors.items():
+            group = name.partition(".")[0]
+            sizes[group] = sizes.get(group, 0) + t.numel() * t.element_size()
+        return {**sizes, "total": sum(sizes.values())}
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Writes ``folder/dataset/{data.safetensors, dataset.json}`` and the pictures."""
+        home = Path(folder) / "dataset"
+        save_tensors(home, self.tensors, {"format": FORMAT, **self.facts}, (DATA, DATA_FACTS))
+        for name, png in self.pictures.items():
+            atomic_write(inside(home, f"{name}.png"), png)
+        return [home]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A weighted bag of terms.
+
+    Attributes:
+        id: of the question it was distilled for.
+        terms: term to weight, largest magnitude first; weights may be negative.
+        text: the question as it was asked.
+    """
+
+    id: str
+    terms: dict[str, float]
+    text: str = ""
+
+
+@dataclass
+class Queries:
+    """Distilled queries: the outcome of a run over several questions.
+
+    Attributes:
+        queries: one per question.
+        facts: strict JSON: which index, tokeniser and settings they are for.
+    """
+
+    queries: list[Query]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Query]:
+        return iter(self.queries)
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Writes ``folder/queries/queries.json``."""
+        home = Path(folder) / "queries"
+        home.mkdir(parents=True, exist_ok=True)
+        rows = [{"id": q.id, "text": q.text, "terms": q.terms} for q in self.queries]
+        write_json(home / QUERIES, {"format": FORMAT, "facts": self.facts, "queries": rows})
+        return [home]
+
+
+def load(folder: str | Path, base: nn.Module | None = None) -> Any:
+    """What a run gave, from its folder alone: a model in eval mode, a `DataSet` or `Queries`.
+
+    Args:
+        folder: ``RUN/students/NAME``, ``RUN/dataset`` or ``RUN/queries``.
+        base: a network of the base's structure; needed when the run was given a live module, whose construction
+            nothing on disk knows.
+
+    Only JSON and safetensors are read. But a student of your own network names its builder, ``module:function``, and
+    that function is imported and called: give `base` yourself for a folder you do not trust.
+
+    Raises:
+        UserError: files that are missing or damaged, a base that does not fit or is not known.
+
+    Example::
+
+        model = stillhouse.load("runs/r18/students/p50")
+    """
+    folder = Path(folder)
+    if (folder / DATA_FACTS).exists():
+        return _load_data(folder)
+    if (folder / QUERIES).exists():
+        return _load_queries(folder / QUERIES)
+    inner = [*sorted(folder.glob("students/*")), folder / "dataset", folder / "queries"]
+    if not (folder / PLAN).exists() and (there := [str(p) for p in inner if p.is_dir()]):
+        raise UserError(f"{folder} is a whole run; load one thing of it: {', '.join(there)}")
+    return _load_model(folder, base)
+
+
+def _load_model(folder: Path, base: nn.Module | None) -> nn.Module:
+    tensors, facts = read_tensors(folder)
+    if base is None:
+        known = facts.get("base") or {}
+        if not isinstance(known, Mapping):
+            raise UserError(f"{folder}: base in plan.json must be an object, got {known!r}")
+        if "name" not in known:
+            raise UserError(
+                f"{folder}: this student was made from a live {known.get('class', 'network')}, which cannot be built "
+                "by name; call stillhouse.load(folder, base=your_network)"
+            )
+        base = ModelSpec.from_json(known).build()
+    model = Plan.from_json(facts).build(base)
+    own = model.state_dict()
+    for name in [*own, *tensors]:
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+            raise UserError(f"{folder}: model.safetensors and plan.json do not fit each other, first at {name!r}")
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _newer(facts: Any, path: Path) -> None:
+    version = facts.get("format") if isinstance(facts, Mapping) else None
+    if not isinstance(version, int):
+        raise UserError(f"{path} is damaged (format is missing); make it again")
+    if version > FORMAT:
+        raise UserError(f"{path} was written by a newer Stillhouse (format {version}); pip install -U stillhouse")
+
+
+def _load_data(folder: Path) -> DataSet:
+    tensors, facts = read_tensors(folder, (DATA, DATA_FACTS))
+    _newer(facts, folder / DATA_FACTS)
+    pictures = {p.stem: p.read_bytes() for p in sorted(folder.glob("*.png"))}
+    return DataSet(tensors, {k: v for k, v in facts.items() if k != "format"}, pictures)
+
+
+def _load_queries(path: Path) -> Queries:
+    found = read_json(path)
+    _newer(found, path)
+    try:
+        rows = [
+            Query(str(q["id"]), {str(t): float(w) for t, w in q["terms"].items()}, q["text"]) for q in found["queries"]
+        ]
+        return Queries(rows, dict(found["facts"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); make it again") from None
