@@ -11,7 +11,7 @@ from common import pm, table
 Results = dict[tuple[str, str], list[dict[str, Any]]]  # (variant, arm) -> one result per seed
 COLUMNS = [
     "variant", "arm", "mean peer %", "… minus independent", "smallest (poisoned) %", "largest %", "ensemble %",
-    "ensemble NLL", "weights", "trained parameters", "seconds", "tuned α, ramp",
+    "ensemble NLL", "weights", "trained parameters", "seconds", "tuned α, ramp, η, ρ",
 ]  # fmt: skip
 ALONE = ("separate", "independent")
 
@@ -37,7 +37,8 @@ def rows(results: Results) -> list[list[str]]:
             variant, arm, pm([r["mean_accuracy"] for r in rs], 2, 100), pm(gains, 2, 100) if gains else "–",
             *(pm(v, 2, 100) for v in points), pm([r["ensemble_nll"] for r in rs], 3),
             " ".join(f"{w:.2f}" for w in weights), f"{rs[0]['trained_params']:,}",
-            f"{fmean(r['seconds'] for r in rs):.0f}", f"{tuned['alpha']}, {tuned['ramp']}" if "ramp" in tuned else "–",
+            f"{fmean(r['seconds'] for r in rs):.0f}",
+            ", ".join(str(tuned[k]) for k in ("alpha", "ramp", "eta", "floor") if k in tuned) or "–",
         ])  # fmt: skip
     return made
 
