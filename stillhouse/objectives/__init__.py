@@ -9,22 +9,45 @@ from stillhouse.objectives.ensembles import (
     kdcl_naive,
     linear_weights,
 )
-from stillhouse.objectives.features import attention_transfer, cosine, mse
+from stillhouse.objectives.features import (
+    attention_transfer,
+    cosine,
+    flow,
+    mse,
+    negative_mean,
+    neuron_selectivity,
+    overhaul,
+    variational,
+)
 from stillhouse.objectives.logits import (
     cross_entropy,
+    decoupled_kl,
+    dist,
+    jensen_shannon,
     kl,
     mean_of_others,
     pairwise_kl,
+    reverse_kl,
     soft_cross_entropy,
+    standardise,
+    symmetric_kl,
     upcast,
 )
+from stillhouse.objectives.ranking import plackett_luce
+from stillhouse.objectives.structure import cka, contrastive, probabilistic, relative_angle, relative_distance
 
 __all__ = [
     "attention_transfer",
+    "cka",
+    "contrastive",
     "cosine",
     "cross_entropy",
+    "decoupled_kl",
+    "dist",
     "error_covariance",
+    "flow",
     "general_weights",
+    "jensen_shannon",
     "kdcl_linear",
     "kdcl_mean",
     "kdcl_minlogit",
@@ -33,7 +56,18 @@ __all__ = [
     "linear_weights",
     "mean_of_others",
     "mse",
+    "negative_mean",
+    "neuron_selectivity",
+    "overhaul",
     "pairwise_kl",
+    "plackett_luce",
+    "probabilistic",
+    "relative_angle",
+    "relative_distance",
+    "reverse_kl",
     "soft_cross_entropy",
+    "standardise",
+    "symmetric_kl",
     "upcast",
+    "variational",
 ]

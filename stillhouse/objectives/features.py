@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.objectives.logits import upcast
@@ -45,6 +46,102 @@ def cosine(teacher: Tensor, student: Tensor, detach_teacher: bool = True) -> Ten
     """
     t, s = _pair(teacher, student, detach_teacher, "cosine")
     return 1 - F.cosine_similarity(t, s, dim=1)
+
+
+def overhaul(teacher: Tensor, student: Tensor, margin: Tensor | float = 0.0, detach_teacher: bool = True) -> Tensor:
+    """Σ_d δ_d (t_d − s_d)² per sample, t ← max(t, margin), δ = 0 where s ≤ t ≤ 0 (arXiv 1904.01866).
+
+    Features before the ReLU: where the teacher is off and the student further off, nothing is asked for.
+
+    Args:
+        teacher, student: (n, C, …) of one shape, before their ReLU.
+        margin: (C,) or a number ≤ 0, the value that stands for "off": see `negative_mean`.
+        detach_teacher: no gradient to the teacher.
+
+    Returns:
+        (n,), the sum over features; the authors divide it by a constant per layer.
+    """
+    m = torch.as_tensor(margin, dtype=teacher.dtype, device=teacher.device)
+    clipped = torch.maximum(teacher, m.view(-1, *[1] * (teacher.dim() - 2)) if m.dim() else m)
+    t, s = _pair(clipped, student, detach_teacher, "overhaul")
+    return ((t - s).square() * ~((s <= t) & (t <= 0))).sum(1)
+
+
+def negative_mean(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor:
+    """E[x | x < 0] of each channel behind a batch norm, x ~ N(bias, weight²): the margin of `overhaul`, (C,).
+
+    μ − σ φ(μ/σ) / Φ(−μ/σ); channels that are almost never negative get −3σ, as in the authors' code.
+    """
+    mean, std = norm.bias.detach().double(), norm.weight.detach().double().abs().clamp_min(1e-12)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    below = normal.cdf(-mean / std)
+    inside = mean - std * normal.log_prob(mean / std).exp() / below.clamp_min(1e-30)
+    return torch.where(below > 1e-3, inside, -3 * std).to(norm.weight.dtype)
+
+
+def variational(teacher: Tensor, mean: Tensor, raw_variance: Tensor, detach_teacher: bool = True) -> Tensor:
+    """mean_d ½ [log σ²_c + (t_d − μ_d)² / σ²_c] per sample, σ² = softplus(raw) + 1e-5 (VID, arXiv 1904.05835).
+
+    The negative log-likelihood of the teacher's features under a Gaussian that the student predicts, without the
+    constant ½ log 2π.
+
+    Args:
+        teacher, mean: (n, C, …) of one shape; `mean` is the student's feature after its regressor.
+        raw_variance: (C,) learned.
+        detach_teacher: no gradient to the teacher.
+
+    Returns:
+        (n,); may be negative.
+    """
+    variance = F.softplus(upcast(raw_variance)) + 1e-5
+    variance = variance.view(-1, *[1] * (teacher.dim() - 2)).expand_as(teacher).flatten(1)
+    t, m = _pair(teacher, mean, detach_teacher, "variational")
+    return 0.5 * (variance.log() + (t - m).square() / variance).mean(1)
+
+
+def neuron_selectivity(teacher: Tensor, student: Tensor, detach_teacher: bool = True) -> Tensor:
+    """MMD² of the channels' activation patterns under (xᵀy)², per sample (NST, arXiv 1707.01219).
+
+    Every channel is one pattern over positions, of length 1: mean k(t,t') + mean k(s,s') − 2 mean k(t,s).
+
+    Args:
+        teacher, student: (n, C, …positions); channels may differ, positions must not.
+        detach_teacher: no gradient to the teacher.
+
+    Returns:
+        (n,), ≥ 0.
+    """
+    _same_positions(teacher, student, "neuron_selectivity")
+    teacher = teacher.detach() if detach_teacher else teacher
+    t, s = (F.normalize(upcast(f).flatten(2), dim=2) for f in (teacher, student))
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.mT).square().mean((1, 2))
+
+    return kernel(t, t) + kernel(s, s) - 2 * kernel(t, s)
+
+
+def flow(early: Tensor, late: Tensor) -> Tensor:
+    """G = F_early F_lateᵀ / positions: the flow between two layers, (n, C, …), (n, D, …) → (n, C, D) (FSP, CVPR 2017).
+
+    Compare the flows of teacher and student with `mse`. The larger map is average-pooled to the smaller one's size.
+    """
+    if early.dim() != 4 or late.dim() != 4 or len(early) != len(late):
+        raise UserError(
+            f"flow: needs two feature maps (n, C, H, W) of one batch, got {tuple(early.shape)} and {tuple(late.shape)}"
+        )
+    size = (min(early.shape[2], late.shape[2]), min(early.shape[3], late.shape[3]))
+    a, b = (F.adaptive_avg_pool2d(upcast(f), size).flatten(2) for f in (early, late))
+    return a @ b.mT / a.shape[2]
+
+
+def _same_positions(teacher: Tensor, student: Tensor, where: str) -> None:
+    ends = [(f.shape[0], *f.shape[2:]) for f in (teacher, student)]
+    if teacher.dim() < 3 or student.dim() < 3 or ends[0] != ends[1]:
+        raise UserError(
+            f"{where}: teacher {tuple(teacher.shape)} and student {tuple(student.shape)} must be (n, C, positions …) "
+            "with the same n and positions; resize one of them"
+        )
 
 
 def attention_transfer(teacher: Tensor, student: Tensor, p: int = 2, detach_teacher: bool = True) -> Tensor:

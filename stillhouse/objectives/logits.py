@@ -6,6 +6,8 @@ student, and carries its factor T². Half-precision logits are computed in float
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -104,6 +106,129 @@ def soft_cross_entropy(
     teacher = teacher_logits.detach() if detach_teacher else teacher_logits
     p = F.softmax(upcast(teacher) / T, -1)
     return -(T**2) * (p * F.log_softmax(upcast(student_logits) / T, -1)).sum(-1)
+
+
+def reverse_kl(teacher_logits: Tensor, student_logits: Tensor, T: float = 1.0, detach_teacher: bool = True) -> Tensor:
+    """T² · KL(softmax(s/T) ‖ softmax(t/T)) per sample: seeks the teacher's modes, where `kl` covers all of them.
+
+    Arguments and result as for `kl`; the teacher is still the first argument.
+    """
+    _same_shape(teacher_logits, student_logits, "reverse_kl")
+    teacher = teacher_logits.detach() if detach_teacher else teacher_logits
+    return kl(student_logits, teacher, T, detach_teacher=False)
+
+
+def symmetric_kl(teacher_logits: Tensor, student_logits: Tensor, T: float = 1.0, detach_teacher: bool = True) -> Tensor:
+    """T² · [KL(p ‖ q) + KL(q ‖ p)] / 2 per sample, p of the teacher and q of the student.
+
+    Arguments and result as for `kl`. Some codes leave the ½ out.
+    """
+    forward = kl(teacher_logits, student_logits, T, detach_teacher)
+    return (forward + reverse_kl(teacher_logits, student_logits, T, detach_teacher)) / 2
+
+
+def jensen_shannon(
+    teacher_logits: Tensor, student_logits: Tensor, T: float = 1.0, beta: float = 0.5, detach_teacher: bool = True
+) -> Tensor:
+    """T² · [β KL(p ‖ m) + (1−β) KL(q ‖ m)] per sample, m = β p + (1−β) q; at most T² log 2 (β = ½).
+
+    Args:
+        beta: weight of the teacher in the mixture, in (0, 1) (the generalised form of GKD, arXiv 2306.13649).
+
+    Other arguments and result as for `kl`.
+    """
+    _same_shape(teacher_logits, student_logits, "jensen_shannon")
+    teacher = teacher_logits.detach() if detach_teacher else teacher_logits
+    log_p = F.log_softmax(upcast(teacher) / T, -1)
+    log_q = F.log_softmax(upcast(student_logits) / T, -1)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+    parts = beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
+    return T**2 * parts.sum(-1)
+
+
+def decoupled_kl(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    target: Tensor,
+    T: float = 4.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    detach_teacher: bool = True,
+) -> Tensor:
+    """T² · [α KL(b_t ‖ b_s) + β KL(p̂_t ‖ p̂_s)] per sample (decoupled KD, arXiv 2203.08679).
+
+    b is (probability of the label, of all others), p̂ the distribution among the others. With α = 1 and β the
+    teacher's probability of the others it is `kl`; a constant β keeps that part alive where the teacher is sure.
+
+    Args:
+        teacher_logits, student_logits: (n, C), C ≥ 2. target: (n,) class indices.
+        T: temperature. alpha, beta: weights of the two parts.
+        detach_teacher: no gradient to the teacher's logits.
+
+    Returns:
+        (n,).
+    """
+    _same_shape(teacher_logits, student_logits, "decoupled_kl")
+    teacher = teacher_logits.detach() if detach_teacher else teacher_logits
+    label = F.one_hot(target, teacher.shape[-1]).bool()
+
+    def parts(z: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(upcast(z) / T, -1)
+        inside = log_p.masked_fill(~label, -math.inf).logsumexp(-1)
+        outside = log_p.masked_fill(label, -math.inf).logsumexp(-1)
+        among = (log_p - outside.unsqueeze(-1)).masked_fill(label, 0.0)
+        return torch.stack([inside, outside], -1), among
+
+    (b_t, a_t), (b_s, a_s) = parts(teacher), parts(student_logits)
+    binary = (b_t.exp() * (b_t - b_s)).sum(-1)
+    others = (a_t.exp() * (a_t - a_s)).masked_fill(label, 0.0).sum(-1)
+    return T**2 * (alpha * binary + beta * others)
+
+
+def standardise(logits: Tensor, eps: float = 1e-7) -> Tensor:
+    """(z − mean_c z) / (std_c z + eps): logits of mean 0 and spread 1 (logit standardisation, arXiv 2403.01427).
+
+    Put both sides of any loss on logits through it, and the student need not match their size, only their shape. The
+    standard deviation has C−1 below, as in the authors' code.
+
+    Example:
+        >>> standardise(torch.tensor([[1.0, 2.0, 3.0]]))
+        tensor([[-1.0000,  0.0000,  1.0000]])
+    """
+    z = upcast(logits)
+    return (z - z.mean(-1, keepdim=True)) / (z.std(-1, keepdim=True) + eps)
+
+
+def dist(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    T: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    detach_teacher: bool = True,
+) -> Tensor:
+    """β T² (1 − ρ(p_i, q_i)) + γ T² mean_c (1 − ρ(p_·c, q_·c)) (DIST, arXiv 2205.10536), ρ Pearson's correlation.
+
+    The first part compares the classes of one sample, the second the samples of one class, so that it is one number
+    for the whole batch (added to every sample) and its value depends on the batch size.
+
+    Args:
+        teacher_logits, student_logits: (n, C). T: temperature; T² as in the authors' code, the paper has no factor.
+        beta, gamma: weights of the parts.
+        detach_teacher: no gradient to the teacher's logits.
+
+    Returns:
+        (n,).
+    """
+    _same_shape(teacher_logits, student_logits, "dist")
+    teacher = teacher_logits.detach() if detach_teacher else teacher_logits
+    p, q = (F.softmax(upcast(z) / T, -1) for z in (teacher, student_logits))
+    return T**2 * (beta * (1 - pearson(p, q)) + gamma * (1 - pearson(p.T, q.T)).mean())
+
+
+def pearson(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
+    """Pearson's correlation of the rows of a and b, (n, d) → (n,); 0 where a row is constant."""
+    return F.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1, eps=eps)
 
 
 def pairwise_kl(z: Tensor, T: float = 1.0, detach: bool = True, teacher: Tensor | None = None) -> Tensor:
