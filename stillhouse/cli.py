@@ -56,6 +56,8 @@ def invoke(argv: list[str]) -> int:
     """Runs one command line and gives its exit code."""
     warnings.filterwarnings("ignore", message=".*torch.jit.*")  # of libraries we import; not the user's to mend
     try:
+        if argv[:1] == ["distill"]:  # the plain thing has a command of its own
+            argv = ["run", *argv]
         args = build_parser().parse_args(argv[:2] if argv[:1] == ["run"] else argv)
         if argv[:1] == ["run"]:
             args.flags = argv[2:]
@@ -101,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="name, title, family, gives, source_quality of each, as JSON")
     sub = command("show", do_show, "show a system: what it gives, when to use it and when not, cost, options")
     sub.add_argument("system", help="a name from: stillhouse list")
+    command("distill", do_run, "distil any teacher into any student (its flags: stillhouse distill --help)")
     sub = command("run", do_run, "run a system (its flags: stillhouse run SYSTEM --help)")
     sub.add_argument("system", help="a name from: stillhouse list")
     sub = command("resume", do_resume, "go on with an interrupted run, bit for bit as if it had not stopped")
@@ -249,7 +252,7 @@ def parse_flags(system: str, flags: Sequence[str]) -> tuple[Options, Any]:
     package = recipes.find(system)
     experiment = recipes.experiment(system)
     Options = getattr(experiment, "OPTIONS", Every)
-    own = any(f.split("=")[0] in ("--model", "--data") for f in flags)
+    own = any(f.split("=")[0] in {f"--{name}" for name in Options.BRINGS} for f in flags)
     preset = package.Config() if own else experiment.PRESET
     both = dataclasses.make_dataclass(
         "Flags",
@@ -263,7 +266,7 @@ def parse_flags(system: str, flags: Sequence[str]) -> tuple[Options, Any]:
             made: Any = tyro.cli(
                 both,
                 prog=f"stillhouse run {system}",
-                args=list(flags),
+                args=merged(flags, package.Config, Options),
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stop:
@@ -271,6 +274,36 @@ def parse_flags(system: str, flags: Sequence[str]) -> tuple[Options, Any]:
             raise
         raise UserError(one_line(shown.getvalue())) from None
     return made.options, made.config
+
+
+def merged(flags: Sequence[str], *kinds: type) -> list[str]:
+    """The flags with repeats of those that take several values joined.
+
+    Example:
+        >>> from stillhouse.options import Options
+        >>> merged(["--track", "a", "--seed", "1", "--track=b"], Options)
+        ['--seed', '1', '--track', 'a', 'b']
+    """
+    several = {
+        f"--{f.name.replace('_', '-')}" for kind in kinds for f in dataclasses.fields(kind) if "tuple" in str(f.type)
+    }
+    kept: list[str] = []
+    lists: dict[str, list[list[str]]] = {name: [] for name in several}
+    at = kept
+    for word in flags:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            if name.replace("_", "-") in several:
+                at = [value] if equals else []
+                lists[name.replace("_", "-")].append(at)
+                continue
+            at = kept
+        at.append(word)
+    for name, found in lists.items():
+        # One value each time is how one repeats a flag; otherwise the last one counts, as for every other flag.
+        values = [v for vs in found for v in vs] if all(len(vs) == 1 for vs in found) else found[-1]
+        kept += [name, *values] if found else []
+    return kept
 
 
 def one_line(box: str) -> str:

@@ -39,6 +39,7 @@ class Family(Members):
     budgets: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     logs: list[dict[str, Any]] = field(default_factory=list)
+    base_name: str = ""  # the base's row in reports; without a name it has none
 
     def facts(self, m: Member) -> dict[str, Any]:
         known = {"classes": list(self.classes), "shape": list(self.shape)}
@@ -85,13 +86,13 @@ class Family(Members):
             device: where quality is measured; latency is always measured on one CPU thread.
 
         Returns:
-            report rows (members, then the ensemble), metrics, matrices.
+            report rows (the base if it has a name, members, the ensemble of several), metrics, matrices.
         """
         example = torch.zeros(1, *self.shape)
         base_params, base_macs = count_params(self.base), count_macs(self.base, example)
         speeds = [latency(m.model, example) for m in self.members]
-        # A member that kept everything IS the base: one timing of it, not two that differ by noise.
-        whole = [s for m, s in zip(self.members, speeds, strict=True) if not (m.plan and m.plan.edits)]
+        # A member as large as the base costs what the base costs: one timing, not two that differ by noise.
+        whole = [s for m, s in zip(self.members, speeds, strict=True) if count_params(m.model) == base_params]
         base_ms = (whole[0] if whole else latency(self.base, example)).median_ms
         z, y = self.logits(data.test, device)
         extra = {name: self.logits(part, device) for name, part in data.extra.items()}
@@ -100,32 +101,38 @@ class Family(Members):
             speed = speeds[i]
             params, macs = count_params(m.model), count_macs(m.model, example)
             path = Path(folder) / "students" / m.name
-            metrics = {k: v for k, v in classification(z[i], y).items() if k in ("accuracy", "nll", "ece")}
-            metrics.update(
+            found = {k: v for k, v in classification(z[i], y).items() if k in ("accuracy", "nll", "ece")}
+            found.update(
                 bytes=(path / "model.safetensors").stat().st_size,
                 compression=base_params / params,
                 speedup=base_ms / speed.median_ms,
-                importance=m.importance,
                 latency_p10=speed.p10_ms,
                 latency_p90=speed.p90_ms,
                 threads=speed.threads,
             )
-            metrics.update({f"accuracy_{k}": classification(a[i], b)["accuracy"] for k, (a, b) in extra.items()})
-            rows.append(Student(m.name, f"students/{m.name}", params, macs, speed.median_ms, metrics))
+            if len(self) > 1:
+                found["importance"] = m.importance
+            found.update({f"accuracy_{k}": classification(a[i], b)["accuracy"] for k, (a, b) in extra.items()})
+            rows.append(Student(m.name, f"students/{m.name}", params, macs, speed.median_ms, found))
+        if self.base_name:
+            t, _ = predict(self.base, data.test, device=device)
+            self.base.cpu()
+            known = {k: v for k, v in classification(t, y).items() if k in ("accuracy", "nll", "ece")}
+            rows.insert(0, Student(self.base_name, None, base_params, base_macs, base_ms, known, role="base"))
+        metrics: dict[str, Any] = {"base_params": base_params, "base_macs": base_macs}
+        if len(self) == 1:
+            return rows, {**metrics, "accuracy": rows[-1].metrics["accuracy"]}, []
         both = classification(self.ensemble(z), y)
         kept = {k: both[k] for k in ("accuracy", "nll", "ece")}
         kept.update({f"accuracy_{k}": classification(self.ensemble(a), b)["accuracy"] for k, (a, b) in extra.items()})
-        rows.append(Student("ensemble", None, metrics=kept, role="ensemble"))
         metrics = {
-            "mean_accuracy": sum(r.metrics["accuracy"] for r in rows[:-1]) / len(self),
+            "mean_accuracy": sum(r.metrics["accuracy"] for r in rows if r.role == "student") / len(self),
             "ensemble_accuracy": both["accuracy"],
             "ensemble_nll": both["nll"],
-            "base_params": base_params,
-            "base_macs": base_macs,
+            **metrics,
         }
-        names = [m.name for m in self.members]
-        pictures = [Matrix("Agreement between peers", names, agreement(z).tolist())] if len(z) > 1 else []
-        return rows, metrics, pictures
+        rows.append(Student("ensemble", None, metrics=kept, role="ensemble"))
+        return rows, metrics, [Matrix("Agreement between peers", [m.name for m in self.members], agreement(z).tolist())]
 
 
 def names_of(ratios: Sequence[float]) -> list[str]:

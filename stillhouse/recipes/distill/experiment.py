@@ -1,0 +1,213 @@
+"""Plain distillation on real data, and on built-in digits every objective beside labels alone.
+
+stillhouse distill --out runs/distill                          # digits: one student, and all objectives over seeds
+stillhouse distill --teacher runs/r18/students/p00 --student torchvision:resnet18 --data cifar10 --out runs/small
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from torch import Tensor, nn
+
+from stillhouse.data import Data, load, split
+from stillhouse.engine import Run
+from stillhouse.errors import UserError
+from stillhouse.evaluate import classification, environment, predict
+from stillhouse.export import read_weights
+from stillhouse.family import Family
+from stillhouse.models import ModelSpec
+from stillhouse.options import ImageOptions
+from stillhouse.outcomes import load as load_student
+from stillhouse.recipes.distill.recipe import Config, distill, train_teacher
+from stillhouse.report import Claim, Curve, Report
+from stillhouse.system import fold
+from stillhouse.teachers import Normalisation
+from stillhouse.trials import mean, table, trials
+
+
+@dataclass(frozen=True)
+class OPTIONS(ImageOptions):
+    """Images, a student and its teachers."""
+
+    model: Annotated[str | None, tyro.conf.arg(aliases=["--student"])] = None  # the student, by name or module:function
+    teacher: tuple[str, ...] = ()  # RUN/students/NAME, timm:NAME, torchvision:NAME, module:function; several: averaged
+    teacher_weights: tuple[Path, ...] = ()  # .safetensors with a state dict, one per teacher
+
+
+PRESET = Config(epochs=40, teacher_epochs=40, batch=64, optimizer="adamw", lr=3e-3, weight_decay=0.01)
+TINY = replace(PRESET, objective=("kd:0.5?T=4", "attention:block2:10"), epochs=1, teacher_epochs=1)
+TEACHER = ModelSpec("stillhouse:cnn", 10, (1, 8, 8), options={"widths": [16, 32, 64]})
+STUDENT = ModelSpec("stillhouse:cnn", 10, (1, 8, 8), options={"widths": [4, 6, 12]})
+ARMS: dict[str, tuple[tuple[str, ...], float]] = {  # objectives and the weight of the labels, as their papers have them
+    "labels alone": ((), 1.0),
+    "kd": (("kd:0.9?T=4",), 0.1),
+    "kd, standardised logits": (("standardised:0.9?T=2",), 0.1),
+    "dkd": (("dkd:1?T=4&beta=2",), 1.0),
+    "dist": (("dist:1?T=1",), 1.0),
+    "pld": (("pld:1?T=3",), 0.0),
+    "feature": (("feature:block2:1",), 1.0),
+    "attention": (("attention:block2:10",), 1.0),
+    "relational": (("rkd-distance:hidden:5", "rkd-angle:hidden:10"), 1.0),
+    "contrastive": (("contrastive:hidden:0.5",), 1.0),
+    "kd + feature": (("kd:0.9?T=4", "feature:block2:1"), 0.1),
+}
+
+
+def tiny(run: Run, cfg: Config = TINY, student: ModelSpec = STUDENT) -> Family:
+    """One run of about a second on 192 digits, for the contract table."""
+    return distill(run, load("digits", limit=192), student, TEACHER.build(seed=fold(run.seed, "teacher")), cfg)
+
+
+def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None:
+    """One distillation as the command makes it; without flags also every objective on digits, over seeds."""
+    data = options.load_data("digits")
+    if options.own or options.teacher:
+        if not options.teacher and cfg.objective:
+            raise UserError("--teacher is missing: give a trained network (RUN/students/NAME, timm:NAME, …)")
+        student = options.spec(data, "stillhouse:cnn")
+        network = student.build(seed=run.seed, pretrained=True) if options.pretrained else None
+        teachers, look = open_teachers(options, data, cfg)
+        family = distill(run, data, student, teachers, cfg, network=network, **look)
+    else:
+        family = distill(run, data, STUDENT, TEACHER.build(seed=fold(run.seed, "teacher")), cfg)
+    report = describe(run, family, data, command) if run.main else None
+    run.barrier()
+    if not (options.own or options.teacher):
+        arms = trials(run, {arm: partial(once, *terms, cfg) for arm, terms in ARMS.items()}, options.children())
+        if report is not None:
+            report.claims += claims(arms, list(options.children()))
+            columns = {
+                "student %": ("accuracy", 100.0, 2),
+                "NLL": ("nll", 1.0, 3),
+                "agrees with the teacher %": ("agreement", 100.0, 2),
+                "teacher %": ("teacher", 100.0, 2),
+            }
+            note = "mean ± standard deviation over seeds; 150 labelled digits for the student, 1,108 for its teacher"
+            report.tables.append(table("Objectives on digits", arms, columns, note))
+    return report
+
+
+def once(objective: tuple[str, ...], label: float, cfg: Config, run: Run) -> dict[str, Any]:
+    """A student of 150 digits under a teacher that learned from the other 1,108 training digits."""
+    whole = load("digits")
+    rest, few = split(whole.train, 150 / len(whole.train), seed=fold("few", run.seed))
+    teacher = TEACHER.build(seed=fold(run.seed, "teacher"))
+    train_teacher(run, "teacher", teacher, Data("digits", rest, whole.test), cfg)
+    # As many steps as over all training digits: eight passes over these cost one over those.
+    settings = replace(cfg, objective=objective, label=label, teacher_epochs=0.0, epochs=8 * cfg.epochs)
+    family = distill(run, Data("digits", few, whole.test), STUDENT, teacher, settings)
+    z, y = family.logits(whole.test)
+    t, _ = predict(teacher, whole.test)
+    own = classification(z[0], y)
+    same = (z[0].argmax(1) == t.argmax(1)).float().mean()
+    return {
+        "accuracy": own["accuracy"],
+        "nll": own["nll"],
+        "agreement": float(same),
+        "teacher": classification(t, y)["accuracy"],
+    }
+
+
+def claims(arms: Mapping[str, list[dict[str, Any]]], seeds: list[int]) -> list[Claim]:
+    """What a user may expect of a teacher where labels are few."""
+    alone = arms["labels alone"]
+    gain = 100 * (mean(arms["kd"], "accuracy") - mean(alone, "accuracy"))
+    closer = 100 * (mean(arms["kd"], "agreement") - mean(alone, "agreement"))
+    better = [a for a in ARMS if a != "labels alone" and mean(arms[a], "accuracy") >= mean(alone, "accuracy")]
+    every = len(ARMS) - 1
+    return [
+        Claim("kd − labels alone, accuracy in points", gain >= 0.5, gain, 0.5, seeds),
+        Claim("kd − labels alone, agreement with the teacher in points", closer >= 0.5, closer, 0.5, seeds),
+        Claim("objectives that do not fall behind labels alone", len(better) == every, len(better), every, seeds),
+    ]
+
+
+def describe(run: Run, family: Family, data: Data, command: str) -> Report:
+    family.save(run.folder)
+    students, metrics, _ = family.measure(data, run.folder, run.device)
+    names = sorted({k for r in family.logs for k in r} - {"step", "epoch", "accuracy"})
+    lines: dict[str, Any] = {
+        n: ([r["step"] for r in family.logs if n in r], [r[n] for r in family.logs if n in r]) for n in names
+    }
+    name = family.spec.name if family.spec else type(family.members[0].model).__name__
+    return Report(
+        system="distill", title=f"{type(family.base).__name__} into {name} on {data.name}", command=command,
+        seed=run.seed, environment=environment(), metrics=metrics, claims=[], students=students, cost=family.cost,
+        notes=[*data.notes, *family.notes], curves=[Curve("Loss by objective, as weighted", "step", "loss", lines)],
+    )  # fmt: skip
+
+
+def open_teachers(options: OPTIONS, data: Data, cfg: Config) -> tuple[list[nn.Module], dict[str, Any]]:
+    """The networks named by ``--teacher`` with their weights, and how their input differs from the student's."""
+    weights = options.teacher_weights
+    if weights and len(weights) != len(options.teacher):
+        raise UserError(
+            f"--teacher-weights: expected one file per teacher ({len(options.teacher)}), got {len(weights)}"
+        )
+    found, look = [], dict[str, Any]()
+    for k, name in enumerate(options.teacher):
+        if (Path(name) / "plan.json").exists():
+            found.append(load_student(name))
+            continue
+        source = name.partition(":")[0]
+        spec = ModelSpec(
+            name, len(data.classes), tuple(data.shape), options.stem if source == "torchvision" else "keep"
+        )
+        if weights:
+            found.append(filled(spec.build(), weights[k]))
+        elif cfg.teacher_epochs or source not in ("stillhouse", "torchvision", "timm"):
+            found.append(spec.build(seed=fold(options.seed, "teacher", k)))
+        else:
+            classes, look = published(name, data)
+            if classes != len(data.classes):
+                raise UserError(
+                    f"--teacher {name}: its published weights are for {classes or 'no'} classes, {data.name} has "
+                    f"{len(data.classes)}; give --teacher-weights FILE, or --teacher-epochs N to train it first"
+                )
+            found.append(spec.build(pretrained=True))
+    return found, look
+
+
+def published(name: str, data: Data) -> tuple[int, dict[str, Any]]:
+    """Classes of a library's published weights (0: there are none), and the normalisation and size they expect."""
+    source, _, short = name.partition(":")
+    mean: Any = (0.485, 0.456, 0.406)
+    std: Any = (0.229, 0.224, 0.225)
+    if source == "timm":
+        import timm
+
+        known = timm.get_pretrained_cfg(short)
+        if known is None or not known.has_weights:
+            return 0, {}
+        classes, mean, std = known.num_classes, known.mean, known.std
+    elif source == "torchvision":
+        from torchvision.models import get_model_weights
+
+        classes = len(get_model_weights(short).DEFAULT.meta["categories"])
+    else:
+        return 0, {}
+    own_mean, own_std = (getattr(data.train, k, None) for k in ("mean", "std"))
+    if own_mean is None or own_std is None or (tuple(own_mean), tuple(own_std)) == (tuple(mean), tuple(std)):
+        return classes, {}
+    normalisation: Normalisation = (own_mean, own_std, mean, std)
+    return classes, {"normalize": normalisation}
+
+
+def filled(model: nn.Module, path: Path) -> nn.Module:
+    """The model with the weights of a safetensors file."""
+    tensors, _ = read_weights(path)
+    own: dict[str, Tensor] = model.state_dict()
+    for name in [*own, *tensors]:
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+            shapes = [tuple(d[name].shape) if name in d else "nothing" for d in (own, tensors)]
+            raise UserError(
+                f"{path} does not fit {type(model).__name__}: at {name!r} it needs {shapes[0]}, has {shapes[1]}"
+            )
+    model.load_state_dict(tensors)
+    return model
