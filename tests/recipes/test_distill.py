@@ -59,34 +59,10 @@ def test_a_cached_teacher_says_what_the_live_one_says(tmp_path):
 
 def test_the_teacher_is_trained_once_and_reported_beside_the_student(tmp_path, capsys):
     folder = tmp_path / "run"
-    flags = [
-        "--data",
-        "digits",
-        "--limit",
-        "100",
-        "--teacher",
-        "stillhouse:mlp",
-        "--teacher-epochs",
-        "2",
-        "--epochs",
-        "1",
-    ]
-    assert (
-        invoke(
-            [
-                "distill",
-                *flags,
-                "--objective",
-                "kd:0.5",
-                "--objective",
-                "cka:hidden=1:0.1",
-                "--quiet",
-                "--out",
-                str(folder),
-            ]
-        )
-        == 0
-    )
+    common = ["distill", "--data", "digits", "--limit", "100", "--epochs", "1", "--quiet"]
+    objectives = ["--objective", "kd:0.5", "--objective", "cka:hidden=1:0.1"]
+    first = ["--teacher", "stillhouse:mlp", "--teacher-epochs", "2", *objectives]
+    assert invoke([*common, *first, "--out", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "teacher" in said and "student" in said and (folder / "stages/teacher").exists()
     assert (folder / "students/student/plan.json").exists()
