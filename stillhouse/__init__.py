@@ -32,7 +32,7 @@ _HOME = {
     "stillhouse.students.norms": ("recalibrate",),
     "stillhouse.students.peers": ("Nested", "PeerSet", "Separate", "Tree"),
     "stillhouse.students.prune": ("find_groups", "fit_budget", "score_groups"),
-    "stillhouse.bilevel": ("Hypergradient", "one_step"),
+    "stillhouse.bilevel": ("Hypergradient", "one_step", "unrolled"),
     "stillhouse.taps": ("tap",),
     "stillhouse.teachers": ("EMA", "Cached", "Ensemble", "Frozen"),
     "stillhouse.distill": ("Distill",),

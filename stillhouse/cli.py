@@ -220,7 +220,7 @@ def execute(system: str, flags: Sequence[str], options: Options, config: Any) ->
         run = options.run()
         report = recipes.experiment(system).main(run, options, config, command)
     except (Interrupted, KeyboardInterrupt) as error:
-        raise Interrupted(f"{error or 'interrupted'}; go on with: stillhouse resume {options.out}") from None
+        raise Interrupted(f"{str(error) or 'interrupted'}; go on with: stillhouse resume {options.out}") from None
     if report is not None:
         from stillhouse.report import summary, write
 
@@ -308,10 +308,12 @@ def merged(flags: Sequence[str], *kinds: type) -> list[str]:
 
 def one_line(box: str) -> str:
     """The text of an error that was drawn as a box over several lines."""
-    text = re.sub(r"[\u2500-\u257f]+", " ", box)
+    text = re.sub(r"[\u2500-\u257f]+|-{9,}", " ", box)
     text = text.split("For full helptext")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return re.sub(r"\s+", " ", "; ".join(lines[1:] or lines)).rstrip("; ") + "; see --help"
+    # What a Config's own check said is one sentence that was wrapped; anything else is a list.
+    between = " " if any(line.startswith("Error parsing") for line in lines) else "; "
+    return re.sub(r"\s+", " ", between.join(lines[1:] or lines)).rstrip("; ") + "; see --help"
 
 
 def settings(options: Options, config: Any) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def fit(
     steps: int | None = None,
     epochs: float | None = None,
     evaluate: Callable[[S, Clock], Mapping[str, float]] | None = None,
+    evaluate_every: int | None = None,
     settings: Any = None,
 ) -> S:
     """Train `system` on `source` for one stage; finished → loaded, interrupted → resumed, else trained.
@@ -53,6 +54,7 @@ def fit(
         source: batches as a function of the clock.
         steps, epochs: how long (one of them); a step is one global batch.
         evaluate: called after every epoch with the system in eval mode; its numbers are logged.
+        evaluate_every: steps between calls of it instead of an epoch; it is always called after the last step.
         settings: a dataclass or mapping kept with the checkpoint; resuming under other settings is refused.
 
     Returns:
@@ -66,15 +68,26 @@ def fit(
     if (steps is None) == (epochs is None):
         raise ValueError("fit() takes either steps or epochs")
     total = steps if steps is not None else max(1, round((epochs or 0) * source.steps_per_epoch))
-    return _Fit(run, name, system, source, total, evaluate, settings).go()
+    return _Fit(run, name, system, source, total, evaluate, settings, evaluate_every).go()
 
 
 class _Fit:
     """One call of `fit`: the state of the loop, so that each part of a step is one short method."""
 
-    def __init__(self, run: Run, name: str, system: Any, source: Source, steps: int, evaluate: Any, settings: Any):
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        system: Any,
+        source: Source,
+        steps: int,
+        evaluate: Any,
+        settings: Any,
+        evaluate_every: int | None = None,
+    ):
         self.run, self.name, self.system, self.source = run, name, system, source
         self.steps, self.evaluate = steps, evaluate
+        self.evaluate_every = evaluate_every or source.steps_per_epoch
         self.system.to(run.device)
         convolves = any(p.dim() == 4 and p.shape[1] > 1 for p in system.parameters())
         self.channels_last = convolves if run.channels_last is None else run.channels_last
@@ -105,6 +118,13 @@ class _Fit:
     # -- the stage --------------------------------------------------------------------------------------
 
     def go(self) -> Any:
+        try:
+            return self.train()
+        finally:
+            if self.channels_last:  # the order is the loop's own; a model and its copy from disk must round alike
+                self.system.to(memory_format=torch.contiguous_format)
+
+    def train(self) -> Any:
         start = self.restore()
         self.system.train()
         if start >= self.steps:
@@ -120,7 +140,7 @@ class _Fit:
                 done = step + 1
                 self.log(clock, last=done == self.steps or stopping)
                 bar.advance(self.rows)
-                if self.evaluate and (done % self.clock.steps_per_epoch == 0 or done == self.steps):
+                if self.evaluate and (done % self.evaluate_every == 0 or done == self.steps):
                     self.rows.append({"step": step, "epoch": clock.epoch, **self.measure(clock)})
                 every = self.run.checkpoint_every
                 due = done % every == 0 if every else self.elapsed(saved_at) > 60

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,6 +54,48 @@ class CNN(nn.Module):
         return self.head(self.hidden(self.pool(self.block2(self.block1(x)))))
 
 
+class LeNet(nn.Sequential):
+    """LeNet-5 with ReLU and max-pooling (LeCun et al., 1998), for images from 12 pixels on; no normalisation."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int):
+        side = (min(shape[1:]) // 2 - 4) // 2
+        if side < 1:
+            raise UserError(f"LeNet needs images of at least 12 pixels, got {shape}; take stillhouse:convnet")
+        convs = [nn.Conv2d(shape[0], 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+        convs += [nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+        h, w = ((s // 2 - 4) // 2 for s in shape[1:])
+        head = [nn.Linear(16 * h * w, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes)]
+        super().__init__(*convs, *head)
+
+
+class ConvNet(nn.Sequential):
+    """The small net of data-set distillation: `depth` × [3×3 conv, norm, ReLU, 2×2 mean pool], then linear.
+
+    `norm`: "instance" (group norm with a group per channel), "batch" or "none". `depth` 0 takes as many blocks as
+    leave images of about 4 pixels: 3 for 32×32. Images of 28×28 are padded to 32 by the first convolution.
+    """
+
+    def __init__(self, shape: tuple[int, ...], classes: int, width: int = 128, depth: int = 0, norm: str = "instance"):
+        norms = {
+            "instance": lambda: nn.GroupNorm(width, width),
+            "batch": lambda: nn.BatchNorm2d(width),
+            "none": nn.Identity,
+        }
+        if norm not in norms:
+            raise UserError(f"ConvNet: norm must be instance, batch or none, got {norm!r}")
+        first = 3 if tuple(shape[1:]) == (28, 28) else 1
+        sides = [s + 2 * (first - 1) for s in shape[1:]]
+        depth = depth or max(1, min(sides).bit_length() - 3)
+        layers: list[nn.Module] = []
+        for k in range(depth):
+            conv = nn.Conv2d(width if k else shape[0], width, 3, padding=1 if k else first)
+            layers += [conv, norms[norm](), nn.ReLU(), nn.AvgPool2d(2)]
+        pixels = (sides[0] >> depth) * (sides[1] >> depth)
+        if not pixels:
+            raise UserError(f"ConvNet: {depth} poolings leave nothing of images {shape}; give a smaller depth")
+        super().__init__(*layers, nn.Flatten(), nn.Linear(width * pixels, classes))
+
+
 class Block(nn.Module):
     """Two 3×3 convolutions around a shortcut (He et al., 2016); the shortcut subsamples and pads with zeros."""
 
@@ -74,21 +116,36 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNet of depth 6k+2 (He et al., 2016, section 4.2), for 3×32×32 and other small images."""
+    """The CIFAR ResNet of depth 6k+2 (He et al., 2016, section 4.2), for 3×32×32 and other small images.
+
+    `depths`, blocks of each of the three stages, stands in for `depth` where stages are unequal, and `widths` for
+    width, 2·width, 4·width.
+    """
 
     layer1: nn.Module
     layer2: nn.Module
     layer3: nn.Module
 
-    def __init__(self, shape: tuple[int, ...], classes: int, depth: int = 20, width: int = 16):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        classes: int,
+        depth: int = 20,
+        width: int = 16,
+        depths: Sequence[int] | None = None,
+        widths: Sequence[int] | None = None,
+    ):
         super().__init__()
-        if (depth - 2) % 6:
+        if depths is None and (depth - 2) % 6:
             raise UserError(f"a CIFAR ResNet has depth 6k+2 (8, 14, 20, 32, 44, 56, 110), got {depth}")
-        self.conv1 = nn.Conv2d(shape[0], width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        k, i = (depth - 2) // 6, width
-        for s in range(3):
-            o = width * 2**s
+        depths = [(depth - 2) // 6] * 3 if depths is None else list(depths)
+        widths = [width, 2 * width, 4 * width] if widths is None else list(widths)
+        if len(depths) != 3 or len(widths) != 3 or min(*depths, *widths) < 1:
+            raise UserError(f"a CIFAR ResNet has three stages, got depths {depths} and widths {widths}")
+        i = widths[0]
+        self.conv1 = nn.Conv2d(shape[0], i, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(i)
+        for s, (k, o) in enumerate(zip(depths, widths)):
             blocks = [Block(i if b == 0 else o, o, 2 if s and b == 0 else 1) for b in range(k)]
             self.add_module(f"layer{s + 1}", nn.Sequential(*blocks))
             i = o
@@ -106,6 +163,9 @@ class ResNet(nn.Module):
 OWN: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,
+    "lenet": LeNet,
+    "convnet": ConvNet,
+    "resnet": ResNet,
     **{f"resnet{d}": lambda shape, classes, d=d, **kw: ResNet(shape, classes, d, **kw) for d in (8, 14, 20, 32, 56)},
 }
 

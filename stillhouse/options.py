@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     from stillhouse.data import Data
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     """What to run on what, where and how; an experiment whose module says ``OPTIONS = …`` has a subclass."""
+
+    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data")  # the options with which a user brings something of theirs
 
     out: Path  # folder for the results; must not hold anything yet
     model: str | None = None  # your own: a library's by name, or package.module:function (stillhouse show SYSTEM)
@@ -35,8 +37,8 @@ class Options:
 
     @property
     def own(self) -> bool:
-        """Whether the user brought a model or data; else the built-in experiment runs."""
-        return self.model is not None or self.data is not None
+        """Whether the user brought something (`BRINGS`); else the built-in experiment runs."""
+        return any(getattr(self, name) is not None for name in self.BRINGS)
 
     def run(self) -> Run:
         """The run these options describe."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -98,3 +99,68 @@ def _first_tensor(value: Any) -> Tensor | None:
         return value
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return next((t for t in items if isinstance(t, Tensor)), None)
+
+
+class Ends(NamedTuple):
+    """Where a classifier ends: the last feature map before pooling, and the linear layer that gives the logits."""
+
+    features: str
+    head: str
+
+
+def ends(model: nn.Module, inputs: Any) -> Ends:
+    """Paths, as for `tap`, of the last feature map before global pooling and of the classifier.
+
+    The classifier is the last `nn.Linear` that is called. The feature map is what enters the last global pooling
+    module; without one, or where maps come after it, the last output (n, C, H, W) or, in a transformer, (n, tokens, C)
+    before the classifier.
+
+    Args:
+        model: any module; it is called once, as it is (put it in eval mode to leave its statistics alone).
+        inputs: one batch.
+
+    Raises:
+        UserError: no linear layer is called, or no feature map comes before it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        >>> ends(net, torch.zeros(2, 1, 8, 8))
+        Ends(features='2:in', head='4')
+    """
+    calls: list[tuple[str, nn.Module, Tensor | None, Tensor | None]] = []
+    handles = []
+    for path, module in model.named_modules():
+        if path:
+
+            def note(m: nn.Module, args: tuple[Any, ...], output: Any, path: str = path) -> None:
+                calls.append((path, m, _first_tensor(args), _first_tensor(output)))
+
+            handles.append(module.register_forward_hook(note))
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    what = type(model).__name__
+    heads = [i for i, (_, m, _, _) in enumerate(calls) if isinstance(m, nn.Linear)]
+    if not heads:
+        raise UserError(f"{what} has no nn.Linear that gives its logits; end it with one")
+    found = ""
+    for path, module, given, made in calls[: heads[-1]]:
+        if given is not None and given.dim() == 4 and "Pool" in type(module).__name__ and _positions(made) == 1:
+            found = f"{path}:in"
+        # A normalisation behind the pooling (ConvNeXt) gives one position; a block behind a gate's pooling gives more.
+        elif made is not None and made.dim() in (3, 4) and (_positions(made) > 1 or not found.endswith(":in")):
+            found = path
+    if not found:
+        raise UserError(
+            f"{what} has no feature map (n, C, H, W) or (n, tokens, C) before its classifier {calls[heads[-1]][0]!r}; "
+            "give a convolutional network or a transformer"
+        )
+    return Ends(found, calls[heads[-1]][0])
+
+
+def _positions(t: Tensor | None) -> int:
+    """Positions of a map: 1 behind a global pooling, whether or not it flattens."""
+    return 0 if t is None else t[0, 0].numel() if t.dim() == 4 else t.shape[1] if t.dim() == 3 else 1

@@ -4,7 +4,7 @@ from stillhouse.data.images import Images
 from stillhouse.data.named import find, load
 from stillhouse.data.samples import Arrays, Relabelled, Samples, Subset
 from stillhouse.data.sets import Data, as_data, from_arrays, split
-from stillhouse.data.sources import Batches, Drawn, prefetch, together
+from stillhouse.data.sources import Batches, Drawn, Weighted, prefetch, together
 from stillhouse.data.wrapped import Wrapped
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Relabelled",
     "Samples",
     "Subset",
+    "Weighted",
     "Wrapped",
     "as_data",
     "find",

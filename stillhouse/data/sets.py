@@ -14,7 +14,7 @@ from torch import Tensor
 from stillhouse.data.samples import Arrays, Samples, Subset, digest
 from stillhouse.data.wrapped import Wrapped
 from stillhouse.errors import UserError, did_you_mean
-from stillhouse.system import fold
+from stillhouse.system import fold, walk
 
 
 @dataclass
@@ -80,10 +80,10 @@ def check_part(where: str, part: Samples, train: Samples) -> None:
         raise UserError(
             f"{where}: sample {wrong[0]} has label {part.labels[wrong[0]]}, expected 0…{c - 1} ({c} classes)"
         )
-    first = part.take(np.arange(min(8, len(part))))["input"].flatten(1)
-    bad = torch.nonzero(~torch.isfinite(first).all(1)).flatten()
-    if len(bad):
-        raise UserError(f"{where}: sample {int(bad[0])} holds NaN or infinity; clean the data first")
+    for values in walk(part.take(np.arange(min(8, len(part))))["input"]):
+        bad = torch.nonzero(~torch.isfinite(values.flatten(1)).all(1)).flatten()
+        if len(bad):
+            raise UserError(f"{where}: sample {int(bad[0])} holds NaN or infinity; clean the data first")
 
 
 def divide(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

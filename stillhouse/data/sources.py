@@ -129,6 +129,48 @@ class Batches(Source):
         return self.samples.take(ids, view=None if view is None else view * self.copies + copy, seed=seed)
 
 
+class Weighted(Batches):
+    """Batches drawn with replacement, each sample with probability w_i / Σ w; anew in every epoch.
+
+    Args:
+        samples: what to draw from.
+        weights: (N,) not negative, not all zero.
+        batch_size: B, the GLOBAL batch.
+        draws: samples in one epoch; N by default, and at least B.
+
+    Raises:
+        UserError: weights that do not fit.
+
+    Example:
+        >>> from stillhouse.data.samples import Arrays
+        >>> source = Weighted(Arrays(np.zeros((3, 1)), [0, 1, 0]), [0, 1, 0], 4)
+        >>> source.batch(Clock())["id"].tolist()
+        [1, 1, 1, 1]
+    """
+
+    def __init__(self, samples: Samples, weights: Any, batch_size: int, *, draws: int | None = None):
+        super().__init__(samples, batch_size, augment=False)
+        self.batch_size, self.draws = batch_size, max(batch_size, draws or len(samples))
+        self.weights = np.asarray(weights, np.float64)
+        if self.weights.shape != (len(samples),) or not (self.weights >= 0).all() or not self.weights.sum() > 0:
+            raise UserError(f"weights must be {len(samples)} numbers >= 0 and not all zero, got {self.weights.shape}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.draws // self.batch_size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest("weighted", self.samples.fingerprint, self.weights, self.batch_size, self.draws)
+
+    def ids(self, clock: Clock) -> np.ndarray:
+        epoch, position = divmod(clock.step, self.steps_per_epoch)
+        drawn = np.random.default_rng(fold(self._seed(clock), "weighted", epoch)).choice(
+            len(self.samples), self.draws, p=self.weights / self.weights.sum()
+        )
+        return drawn[position * self.batch_size : (position + 1) * self.batch_size]
+
+
 class Lazy(Mapping[str, Any]):
     """A batch whose parts are computed when first asked for, and then kept.
 

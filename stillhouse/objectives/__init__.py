@@ -19,6 +19,7 @@ from stillhouse.objectives.features import (
     overhaul,
     variational,
 )
+from stillhouse.objectives.injection import inject
 from stillhouse.objectives.logits import (
     cross_entropy,
     decoupled_kl,
@@ -34,11 +35,15 @@ from stillhouse.objectives.logits import (
     upcast,
 )
 from stillhouse.objectives.ranking import plackett_luce
+from stillhouse.objectives.relations import class_activation, class_relation, gram, inter_channel, similarity
 from stillhouse.objectives.structure import cka, contrastive, probabilistic, relative_angle, relative_distance
+from stillhouse.objectives.tokens import token_cross_entropy, token_mean, tokens_per_sequence
 
 __all__ = [
     "attention_transfer",
     "cka",
+    "class_activation",
+    "class_relation",
     "contrastive",
     "cosine",
     "cross_entropy",
@@ -47,6 +52,9 @@ __all__ = [
     "error_covariance",
     "flow",
     "general_weights",
+    "gram",
+    "inject",
+    "inter_channel",
     "jensen_shannon",
     "kdcl_linear",
     "kdcl_mean",
@@ -65,9 +73,13 @@ __all__ = [
     "relative_angle",
     "relative_distance",
     "reverse_kl",
+    "similarity",
     "soft_cross_entropy",
     "standardise",
     "symmetric_kl",
+    "token_cross_entropy",
+    "token_mean",
+    "tokens_per_sequence",
     "upcast",
     "variational",
 ]

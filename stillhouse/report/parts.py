@@ -63,7 +63,7 @@ class Curve:
     title: str
     x_label: str
     y_label: str
-    series: dict[str, tuple[Sequence[float], Sequence[float]]]
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 @dataclass

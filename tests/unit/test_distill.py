@@ -179,8 +179,8 @@ def test_objectives_that_are_none(text, words):
         Objective.parse(text)
 
 
-PLACES = {"same": ":second:0.7", "positions": ":second:0.7", "structure": ":second:0.7", "both": ":second:0.7",
-          "flow": ":first>second:0.7", "logits": ":0.7", "labelled": ":0.7"}  # fmt: skip
+PLACES = {"same": ":second:0.7", "positions": ":second:0.7", "channels": ":second:0.7", "structure": ":second:0.7",
+          "both": ":second:0.7", "flow": ":first>second:0.7", "logits": ":0.7", "labelled": ":0.7"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -144,7 +144,8 @@ def test_commands_parse(page: Path) -> None:
 
 def known_flags() -> set[str]:
     configs = [recipes.find(name).Config for name in recipes.names()]
-    names = {f.name.replace("_", "-") for c in (ImageOptions, *configs) for f in fields(c)}
+    options = [getattr(recipes.experiment(name), "OPTIONS", ImageOptions) for name in recipes.names()]
+    names = {f.name.replace("_", "-") for c in (ImageOptions, *options, *configs) for f in fields(c)}
     commands_py = (PACKAGE / "cli.py").read_text()
     scripts = "".join(p.read_text() for p in (ROOT / "benchmarks").glob("*.py"))
     return (
@@ -187,6 +188,36 @@ def test_named_files_and_tests_exist(page: Path) -> None:
             assert re.search(rf"(?m)^def {test}\(", (ROOT / path).read_text()), f"{path} has no {test}"
     for path in re.findall(r"benchmarks/\w+\.\w+", text):
         assert (ROOT / path).exists(), f"{path} does not exist"
+
+
+PARTS = ["When to use it", "When not", "How good the source is", "Equations", "Cost", "Measured", "From Python"]
+
+
+def page_of(name: str) -> Path:
+    page = recipes.card(name).page
+    if not page.exists():
+        pytest.skip(f"{name} has no page yet")
+    return page
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_pages_of_systems_have_their_parts_in_order(name: str) -> None:
+    text = BLOCK.sub("", page_of(name).read_text())
+    headings = re.findall(r"(?m)^## (.+)$", text)
+    known = ["Equations" if h == "Method" else h for h in headings if h in (*PARTS, "Method")]
+    assert text.startswith("# ") and known == PARTS, f"{name}: {headings}"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_show_prints_the_page_and_every_option(name: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    page_of(name)
+    monkeypatch.setenv("COLUMNS", "240")  # no option is broken over two lines
+    assert cli.invoke(["show", name]) == 0
+    shown = capsys.readouterr().out
+    for field in fields(recipes.find(name).Config):
+        row = re.search(rf"--{field.name.replace('_', '-')}\b(.*)", shown.split(f"Options of {name}")[1])
+        assert row and recipes.comments(recipes.find(name).Config)[field.name], f"{name}: --{field.name} has no meaning"
+    assert all(part in shown for part in PARTS if part != "Equations")
 
 
 def test_the_example_system_keeps_the_contract(workplace: Path) -> None:

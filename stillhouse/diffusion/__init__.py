@@ -1,0 +1,1 @@
+"""Diffusion: forward processes, denoisers, exact scores, score distillation, LoRA as a second voice."""

@@ -1,0 +1,230 @@
+"""Samples from a denoiser in many steps (DDIM), or from a network that needs one; and the outcome that it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.diffusion.denoiser import Condition, Denoiser
+from stillhouse.diffusion.process import VP, Prediction, Process, View, check_first_step
+from stillhouse.errors import UserError
+from stillhouse.evaluate import evaluating
+from stillhouse.models import ModelSpec
+from stillhouse.outcomes import Models
+
+AT_ONCE = 256
+
+
+def trailing(process: Process, steps: int, first: float = 1.0) -> list[float]:
+    """`steps` times evenly from the part `first` of the way down, as diffusers spaces them ("trailing").
+
+    Example:
+        >>> from stillhouse.diffusion.process import Flow
+        >>> trailing(VP.linear(1000), 4), trailing(Flow(), 4)
+        ([999, 749, 499, 249], [1.0, 0.75, 0.5, 0.25])
+    """
+    if steps < 1 or not 0 < first <= 1:
+        raise UserError(f"sampling needs steps >= 1 and a start in (0, 1], got {steps} and {first}")
+    parts = [first * (1 - k / steps) for k in range(steps)]
+    return [max(0, round(p * process.steps) - 1) for p in parts] if isinstance(process, VP) else parts
+
+
+@torch.no_grad()
+def ddim(
+    denoiser: Denoiser,
+    noise: Tensor,
+    condition: Condition = None,
+    *,
+    steps: int = 25,
+    kappa: float = 1.0,
+    times: Sequence[float] | None = None,
+    clip: float | None = None,
+) -> Tensor:
+    """x_s = α_s x̂_0(x_t) + σ_s ε̂(x_t) from time to time, and x̂_0 at the last: DDIM without noise (η = 0).
+
+    For a flow this is Euler's method. One network evaluation per step, two where κ is not 1.
+
+    Args:
+        denoiser: asked in eval mode. noise: x at the first time, (n, …). condition: of n samples.
+        steps: number of steps, `trailing`; `times` gives them in full.
+        kappa: guidance. clip: x̂_0 is cut to [−clip, clip] (ε̂ is not).
+
+    Returns:
+        Samples (n, …).
+
+    Source: arXiv 2010.02502.
+
+    Example:
+        >>> from stillhouse.diffusion.exact import Mixture
+        >>> from stillhouse.diffusion.process import Flow
+        >>> point = Mixture(torch.tensor([[2.0]]), 0.0, Flow())
+        >>> ddim(point, torch.zeros(1, 1), steps=3)
+        tensor([[2.]])
+    """
+    process, x = denoiser.process, noise
+    at = list(trailing(process, steps) if times is None else times)
+    for k, time in enumerate(at):
+        view = denoiser.view(x, torch.as_tensor([time], device=x.device).expand(len(x)), condition, kappa)
+        x0 = view.x0 if clip is None else view.x0.clamp(-clip, clip)
+        if k + 1 == len(at):
+            return x0
+        x = process.add_noise(x0, view.eps, torch.as_tensor([at[k + 1]], device=x.device).expand(len(x)))
+    return x
+
+
+class Moment(Process):
+    """A process at one of its times: α, σ and what the network is told of it are plain numbers.
+
+    Args:
+        process: the whole. t: the time, as it counts.
+
+    Example:
+        >>> from stillhouse.diffusion.process import Flow
+        >>> Moment(Flow(), 0.75).facts()
+        {'alpha': 0.25, 'sigma': 0.75, 'time': 750.0, 'scale': 0.75}
+    """
+
+    def __init__(self, process: Process | None = None, t: float = 0, **facts: float):
+        if process is not None:
+            at = torch.as_tensor([t], dtype=None if isinstance(t, int) else torch.float64)
+            facts = {"alpha": float(process.alpha(at)), "sigma": float(process.sigma(at))}
+            facts["time"] = process.network_time(at).tolist()[0]
+            facts["scale"] = 1.0 if isinstance(process, VP) else facts["sigma"]
+        self._facts = facts
+
+    def facts(self) -> dict[str, float]:
+        """``alpha``, ``sigma``, ``time`` and ``scale``, the deviation of the noise that sampling starts from."""
+        return dict(self._facts)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.full(t.shape, self._facts["alpha"], dtype=torch.float64, device=t.device)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.full(t.shape, self._facts["sigma"], dtype=torch.float64, device=t.device)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return torch.full(t.shape, self._facts["time"], device=t.device)
+
+
+class OneStep(nn.Module):
+    """A sample in one forward pass: the x̂_0 that a network says at x_t = s z, at one fixed time t.
+
+    For noise prediction x̂_0 = (s z − σ_t ε̂(s z, t, y)) / α_t. s is 1 for a VP process, whose x_t has unit variance at
+    every t (SwiftBrush), and σ_t for others. No guidance: the network has learned what it is to say.
+
+    Args:
+        network: trained, saved and exported as ``network``.
+        moment: the process at the fixed time.
+        prediction: what the network predicts.
+        shape: of one sample.
+
+    Raises:
+        UserError: noise prediction at a time where α_t is next to nothing.
+
+    Source: arXiv 2312.05239.
+
+    Example:
+        >>> from stillhouse.diffusion.process import Flow
+        >>> class Zero(nn.Module):
+        ...     def forward(self, x, t):
+        ...         return 0 * x
+        >>> OneStep(Zero(), Moment(Flow(), 0.75), "flow_prediction", (2,))(torch.ones(1, 2))
+        tensor([[0.7500, 0.7500]])
+    """
+
+    def __init__(self, network: nn.Module, moment: Moment, prediction: Prediction, shape: Sequence[int]):
+        super().__init__()
+        check_first_step(moment, 0, prediction)
+        self.network, self.shape, self.scale = network, tuple(shape), moment.facts()["scale"]
+        self.denoiser = Denoiser(network, moment, prediction)
+
+    @classmethod
+    def of(cls, teacher: Denoiser, start: float, shape: Sequence[int]) -> OneStep:
+        """A copy of the teacher's network, used once at the part `start` of the way from data to noise."""
+        if not isinstance(teacher.network, nn.Module):
+            raise UserError(f"a one-step model needs a torch.nn.Module to copy, got {type(teacher.network).__name__}")
+        t = teacher.process.at(start)
+        check_first_step(teacher.process, t, teacher.prediction)
+        network = copy.deepcopy(teacher.network).requires_grad_(True)
+        if next(network.parameters(), torch.zeros(0)).dtype in (torch.float16, torch.bfloat16):
+            network.float()  # a teacher may be read in half precision; what trains may not be
+        return cls(network, Moment(teacher.process, t), teacher.prediction, shape)
+
+    def forward(self, noise: Tensor, condition: Condition = None) -> Tensor:
+        """noise: z ~ N(0, I), (n, *shape); condition: labels (n,) or embeddings (n, l, d)."""
+        of, x = self.denoiser, self.scale * noise
+        t = torch.zeros(x.shape[0], device=x.device)  # not len(x), which torch.export takes for a constant
+        said = of.ask(x, t, condition)
+        return View(of.process, x, t, of.prediction, said.to(torch.promote_types(x.dtype, torch.float32))).x0
+
+    @torch.no_grad()
+    def sample(self, condition: Condition = None, generator: torch.Generator | None = None, n: int = 1) -> Tensor:
+        """Samples for these conditions (`n` of them without any), with noise from `generator`; in eval mode."""
+        if condition is not None:
+            n = len(next(iter(condition.values())) if isinstance(condition, Mapping) else condition)
+        where = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        noise = torch.randn(n, *self.shape, generator=generator).to(where)
+        with evaluating(self):
+            made = [
+                self(noise[i : i + AT_ONCE], _part(condition, slice(i, i + AT_ONCE), where))
+                for i in range(0, n, AT_ONCE)
+            ]
+        return torch.cat(made)
+
+
+def _part(condition: Condition, rows: slice, device: torch.device) -> Condition:
+    if condition is None:
+        return None
+    if isinstance(condition, Mapping):
+        return {k: v[rows].to(device) for k, v in condition.items()}
+    return condition[rows].to(device)
+
+
+@dataclass
+class Sampler(Models):
+    """The outcome of distilling a sampler: networks that make samples, ready to be called.
+
+    Attributes:
+        members: each model is a `OneStep` (or another module with ``sample(condition, generator)``).
+
+    Example:
+        >>> from stillhouse.diffusion.process import Flow
+        >>> from stillhouse.outcomes import Member
+        >>> net = nn.Linear(2, 2)
+        >>> net.forward = lambda x, t: 0 * x
+        >>> model = OneStep(net, Moment(Flow(), 0.75), "flow_prediction", (2,))
+        >>> made = Sampler([Member("one-step", model)], torch.zeros(1, 2))
+        >>> made.sample(n=3).shape
+        torch.Size([3, 2])
+    """
+
+    def sample(
+        self, condition: Condition = None, generator: torch.Generator | None = None, n: int = 1, name: str | None = None
+    ) -> Tensor:
+        """Samples of the first member, or of the one called `name`, for these conditions."""
+        model: Any = (self.members[0] if name is None else self[name]).model
+        return model.sample(condition, generator, n)
+
+
+def one_step_spec(model: OneStep, network: ModelSpec) -> ModelSpec:
+    """How to build a one-step model again from its ``plan.json``: network, α, σ and time, and what it predicts.
+
+    Args:
+        model: the live one. network: how its network is built, e.g. ``ModelSpec.of(unet)``.
+    """
+    of = model.denoiser
+    assert isinstance(of.process, Moment)
+    facts = {"network": network.to_json(), "moment": of.process.facts(), "prediction": of.prediction}
+    return ModelSpec("stillhouse.diffusion.sampling:build_one_step", 0, model.shape, options=facts)
+
+
+def build_one_step(
+    shape: Sequence[int], network: Mapping[str, Any], moment: Mapping[str, float], prediction: Prediction
+) -> OneStep:
+    """A `OneStep` with fresh weights from what `one_step_spec` wrote."""
+    return OneStep(ModelSpec.from_json(network).build(), Moment(**moment), prediction, shape)
