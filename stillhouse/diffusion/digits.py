@@ -51,7 +51,7 @@ def digits() -> Data:
         >>> data = digits()
         >>> x = all_of(data.train)[0]
         >>> len(data.train), len(data.test), float(x.min()), float(x.max())
-        (1257, 540, -1.0, 1.0)
+        (1258, 539, -1.0, 1.0)
     """
     from sklearn.datasets import load_digits
 

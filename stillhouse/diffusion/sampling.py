@@ -78,37 +78,37 @@ def ddim(
 
 
 class Moment(Process):
-    """A process at one of its times: α, σ and what the network is told of it are plain numbers.
+    """A process at one of its times, as plain numbers.
 
     Args:
-        process: the whole. t: the time, as it counts.
+        alpha, sigma: α and σ at that time. time: what the network is told of it.
+        scale: deviation of the noise that sampling starts from.
 
     Example:
         >>> from stillhouse.diffusion.process import Flow
-        >>> Moment(Flow(), 0.75).facts()
+        >>> Moment.of(Flow(), 0.75).facts
         {'alpha': 0.25, 'sigma': 0.75, 'time': 750.0, 'scale': 0.75}
     """
 
-    def __init__(self, process: Process | None = None, t: float = 0, **facts: float):
-        if process is not None:
-            at = torch.as_tensor([t], dtype=None if isinstance(t, int) else torch.float64)
-            facts = {"alpha": float(process.alpha(at)), "sigma": float(process.sigma(at))}
-            facts["time"] = process.network_time(at).tolist()[0]
-            facts["scale"] = 1.0 if isinstance(process, VP) else facts["sigma"]
-        self._facts = facts
+    def __init__(self, alpha: float, sigma: float, time: float, scale: float):
+        self.facts = {"alpha": alpha, "sigma": sigma, "time": time, "scale": scale}
 
-    def facts(self) -> dict[str, float]:
-        """``alpha``, ``sigma``, ``time`` and ``scale``, the deviation of the noise that sampling starts from."""
-        return dict(self._facts)
+    @classmethod
+    def of(cls, process: Process, t: float) -> Moment:
+        """The process at time t, as it counts: an integer for a VP process."""
+        at = torch.as_tensor([t], dtype=None if isinstance(t, int) else torch.float64)
+        sigma = float(process.sigma(at))
+        scale = 1.0 if isinstance(process, VP) else sigma
+        return cls(float(process.alpha(at)), sigma, process.network_time(at).tolist()[0], scale)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.full(t.shape, self._facts["alpha"], dtype=torch.float64, device=t.device)
+        return torch.full(t.shape, self.facts["alpha"], dtype=torch.float64, device=t.device)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.full(t.shape, self._facts["sigma"], dtype=torch.float64, device=t.device)
+        return torch.full(t.shape, self.facts["sigma"], dtype=torch.float64, device=t.device)
 
     def network_time(self, t: Tensor) -> Tensor:
-        return torch.full(t.shape, self._facts["time"], device=t.device)
+        return torch.full(t.shape, self.facts["time"], device=t.device)
 
 
 class OneStep(nn.Module):
@@ -133,14 +133,14 @@ class OneStep(nn.Module):
         >>> class Zero(nn.Module):
         ...     def forward(self, x, t):
         ...         return 0 * x
-        >>> OneStep(Zero(), Moment(Flow(), 0.75), "flow_prediction", (2,))(torch.ones(1, 2))
+        >>> OneStep(Zero(), Moment.of(Flow(), 0.75), "flow_prediction", (2,))(torch.ones(1, 2))
         tensor([[0.7500, 0.7500]])
     """
 
     def __init__(self, network: nn.Module, moment: Moment, prediction: Prediction, shape: Sequence[int]):
         super().__init__()
         check_first_step(moment, 0, prediction)
-        self.network, self.shape, self.scale = network, tuple(shape), moment.facts()["scale"]
+        self.network, self.shape, self.scale = network, tuple(shape), moment.facts["scale"]
         self.denoiser = Denoiser(network, moment, prediction)
 
     @classmethod
@@ -149,11 +149,11 @@ class OneStep(nn.Module):
         if not isinstance(teacher.network, nn.Module):
             raise UserError(f"a one-step model needs a torch.nn.Module to copy, got {type(teacher.network).__name__}")
         t = teacher.process.at(start)
-        check_first_step(teacher.process, t, teacher.prediction)
+        check_first_step(teacher.process, t, teacher.prediction)  # before anything is copied
         network = copy.deepcopy(teacher.network).requires_grad_(True)
         if next(network.parameters(), torch.zeros(0)).dtype in (torch.float16, torch.bfloat16):
             network.float()  # a teacher may be read in half precision; what trains may not be
-        return cls(network, Moment(teacher.process, t), teacher.prediction, shape)
+        return cls(network, Moment.of(teacher.process, t), teacher.prediction, shape)
 
     def forward(self, noise: Tensor, condition: Condition = None) -> Tensor:
         """noise: z ~ N(0, I), (n, *shape); condition: labels (n,) or embeddings (n, l, d)."""
@@ -197,7 +197,7 @@ class Sampler(Models):
         >>> from stillhouse.outcomes import Member
         >>> net = nn.Linear(2, 2)
         >>> net.forward = lambda x, t: 0 * x
-        >>> model = OneStep(net, Moment(Flow(), 0.75), "flow_prediction", (2,))
+        >>> model = OneStep(net, Moment.of(Flow(), 0.75), "flow_prediction", (2,))
         >>> made = Sampler([Member("one-step", model)], torch.zeros(1, 2))
         >>> made.sample(n=3).shape
         torch.Size([3, 2])
@@ -219,7 +219,7 @@ def one_step_spec(model: OneStep, network: ModelSpec) -> ModelSpec:
     """
     of = model.denoiser
     assert isinstance(of.process, Moment)
-    facts = {"network": network.to_json(), "moment": of.process.facts(), "prediction": of.prediction}
+    facts = {"network": network.to_json(), "moment": of.process.facts, "prediction": of.prediction}
     return ModelSpec("stillhouse.diffusion.sampling:build_one_step", 0, model.shape, options=facts)
 
 

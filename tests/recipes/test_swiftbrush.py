@@ -221,16 +221,16 @@ def test_the_true_answer_gives_the_clean_sample_back(kind):
     x_T = STABLE.add_noise(x0, eps, t)
     a, s = (float(f(t)[0]) for f in (STABLE.alpha, STABLE.sigma))
     net = Says({"epsilon": eps, "v_prediction": a * eps - s * x0, "sample": x0}[kind])
-    model = OneStep(net, Moment(STABLE, 999), kind, (3,))
+    model = OneStep(net, Moment.of(STABLE, 999), kind, (3,))
     assert (model(x_T) - x0).abs().max() < 1e-4
     assert net.heard.tolist() == [999] * 8 and net.heard.dtype == torch.int64
 
 
 def test_the_generator_hears_its_noise_unscaled_in_vp_and_scaled_in_flow():
     z = torch.ones(2, 2)
-    assert torch.equal(OneStep(Says(z), Moment(Flow(), 0.5), "sample", (2,))(z), z)
-    assert Moment(Flow(), 0.5).facts() == {"alpha": 0.5, "sigma": 0.5, "time": 500.0, "scale": 0.5}
-    assert Moment(STABLE, 999).facts()["scale"] == 1.0
+    assert torch.equal(OneStep(Says(z), Moment.of(Flow(), 0.5), "sample", (2,))(z), z)
+    assert Moment.of(Flow(), 0.5).facts == {"alpha": 0.5, "sigma": 0.5, "time": 500.0, "scale": 0.5}
+    assert Moment.of(STABLE, 999).facts["scale"] == 1.0
 
 
 def test_no_guidance_in_the_generators_own_call():

@@ -136,6 +136,7 @@ def test_commands_parse(page: Path) -> None:
     shell = [b.text for b in blocks(page) if b.kind in ("bash", "sh") and b.mark != "run"]
     indented = "\n".join(line.strip() for line in page.read_text().splitlines() if line.startswith("    stillhouse "))
     for argv in commands("\n".join([*shell, indented])):
+        argv = ["run", *argv] if argv[:1] == ["distill"] else argv
         if argv[:1] == ["run"] and "--help" not in argv:
             cli.parse_flags(argv[1], argv[2:])
         elif argv[:1] != ["run"]:

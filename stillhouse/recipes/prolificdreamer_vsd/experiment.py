@@ -30,7 +30,7 @@ from stillhouse.diffusion.loading import load_teacher, plain
 from stillhouse.diffusion.metrics import Judge, energy_distance, modes
 from stillhouse.diffusion.process import VP
 from stillhouse.diffusion.prompts import read_prompts
-from stillhouse.diffusion.sampling import ddim
+from stillhouse.diffusion.sampling import ddim, trailing
 from stillhouse.engine import Run
 from stillhouse.errors import UserError
 from stillhouse.evaluate import environment
@@ -209,7 +209,8 @@ def references(run: Run, teacher: Denoiser, judge: Judge, cfg: Config) -> dict[s
     real = torch.isin(y, labels)
     asked = labels.repeat_interleave(64)
     noise = torch.randn(len(asked), *SHAPE, generator=torch.Generator().manual_seed(run.seed))
-    drawn = ddim(teacher, noise.to(run.device), asked.to(run.device), kappa=cfg.kappa, clip=1.0).cpu()
+    times = trailing(teacher.process, 25, 0.95)  # at t = 999 the cosine schedule has nothing left to divide by
+    drawn = ddim(teacher, noise.to(run.device), asked.to(run.device), kappa=cfg.kappa, times=times).cpu()
     sets = {"real test digits": (x[real], y[real]), f"teacher, 25 DDIM steps, kappa {cfg.kappa:g}": (drawn, asked)}
     return {n: {k: judge(*s)[k] for k in ("accuracy", "diversity")} for n, s in sets.items()}
 
