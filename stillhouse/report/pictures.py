@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAD = 4
 
@@ -28,6 +29,7 @@ def grid(images: Tensor, *, columns: int = 10, captions: Sequence[str] = (), sid
         >>> grid(torch.zeros(3, 1, 8, 8), columns=2)[:4]
         b'\\x89PNG'
     """
+    import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
