@@ -28,7 +28,7 @@ from stillhouse.engine import Run
 from stillhouse.evaluate import environment
 from stillhouse.graphs import measure
 from stillhouse.graphs import read as read_graphs
-from stillhouse.recipes.mirage.experiment import random_graphs
+from stillhouse.recipes.mirage.experiment import DRAWS, random_graphs, tuned
 from stillhouse.recipes.mirage.recipe import Config, summarise, train, training
 from stillhouse.system import fold
 
@@ -51,22 +51,25 @@ def once(name: str, cfg: Config, epochs: int, seed: int, encoder: str) -> dict[s
     data = read_graphs(name).split(seed)
     graphs = training(data)
     summary, mining = clocked(lambda: summarise(graphs, cfg))
-    few = random_graphs(graphs, summary.stored_nodes, seed)
-    every = replace(cfg, steps=max(1, round(epochs * len(graphs) / cfg.batch)), weight_decay=0.0)
-    sides = {
-        "summary": (summary.source(cfg.batch, cfg.per_class), cfg),
-        "random": (Batches(few, cfg.batch), cfg),
-        "full": (Batches(graphs, cfg.batch), every),
+    few = [random_graphs(graphs, summary.stored_nodes, fold(seed, draw)) for draw in range(DRAWS)]
+    every = replace(tuned(cfg, "full"), steps=max(1, round(epochs * len(graphs) / cfg.batch)))
+    sides: dict[str, tuple[list[Any], Config]] = {
+        "summary": ([summary.source(cfg.batch, cfg.per_class)], cfg),
+        "random": ([Batches(some, cfg.batch) for some in few], tuned(cfg, "random, same stored nodes")),
+        "full": ([Batches(graphs, cfg.batch)], every),
     }
     found: dict[str, Any] = {"mining": mining, "stored": summary.stored_nodes, "expanded": summary.expanded_nodes}
     found |= {"nodes": len(graphs.nodes), "source bytes": graphs.bytes()}
     found["bytes"] = summary.bytes()["total"] - summary.bytes()["labels"]
-    for side, (source, how) in sides.items():
-        with tempfile.TemporaryDirectory() as folder:
-            run = Run(folder, seed=seed, quiet=True, device="cpu")
-            network = how.spec(graphs, encoder).build(seed=fold(seed, "network"))
-            network, seconds = clocked(lambda r=run, n=network, s=source, h=how: train(r, "train", n, s, h))
-        found[side] = {**measure(network, data.test), "seconds": seconds, "steps": how.steps}
+    for side, (sources, how) in sides.items():
+        each = []
+        for source in sources:
+            with tempfile.TemporaryDirectory() as folder:
+                run = Run(folder, seed=seed, quiet=True, device="cpu")
+                network = how.spec(graphs, encoder).build(seed=fold(seed, "network"))
+                network, seconds = clocked(lambda r=run, n=network, s=source, h=how: train(r, "train", n, s, h))
+            each.append({**measure(network, data.test), "seconds": seconds, "steps": how.steps})
+        found[side] = {k: fmean(e[k] for e in each) for k in each[0]}
     return found
 
 

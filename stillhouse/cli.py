@@ -219,14 +219,14 @@ def execute(system: str, flags: Sequence[str], options: Options, config: Any) ->
     try:
         run = options.run()
         report = recipes.experiment(system).main(run, options, config, command)
-    except (Interrupted, KeyboardInterrupt) as error:
-        raise Interrupted(f"{str(error) or 'interrupted'}; go on with: stillhouse resume {options.out}") from None
-    if report is not None:
-        from stillhouse.report import summary, write
+        if report is not None:
+            from stillhouse.report import summary, write
 
-        page = write(report, options.out)
-        Console().print(summary(report))
-        print(f"report: {page.resolve()}")
+            page = write(report, options.out)
+            Console().print(summary(report))
+            print(f"report: {page.resolve()}")
+    except (Interrupted, KeyboardInterrupt) as error:  # also while the report is written
+        raise Interrupted(f"{str(error) or 'interrupted'}; go on with: stillhouse resume {options.out}") from None
     run.close()
 
 
