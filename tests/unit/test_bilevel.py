@@ -156,9 +156,10 @@ def test_a_teacher_that_does_not_learn_gets_no_say_through_what_it_is():
 def test_means_over_processes_are_taken_before_the_products():
     """Two halves of the data, averaged where `all_mean` says, give the derivative on all of it."""
     _, _, _, params = problem()
-    model = network()
 
     def parts(rows: slice, held: slice):
+        model = network()  # one for each thread: functional_call lends a module other tensors while it runs
+
         def predict(p):
             return functional_call(model, p, (X[:4][rows],)).view(-1, 2, 3).transpose(0, 1)
 
