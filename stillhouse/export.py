@@ -70,7 +70,13 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-def save_student(folder: str | Path, model: nn.Module, *, plan_json: Mapping[str, Any]) -> Path:
+def save_student(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    plan_json: Mapping[str, Any],
+    encode: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] = dict,
+) -> Path:
     """Write ``model.safetensors`` and ``plan.json`` into a folder, each whole or not at all.
 
     The weights carry the SHA-256 of the plan they were saved with: after a crash between the two files
@@ -80,6 +86,7 @@ def save_student(folder: str | Path, model: nn.Module, *, plan_json: Mapping[str
         folder: made when missing; other files in it stay.
         model: the student; parameters and buffers are written as they are (dtype kept).
         plan_json: how to build the student's structure, strict JSON.
+        encode: what is stored in place of the tensors (`Plan.encoded`: packed weights).
 
     Returns:
         The folder.
@@ -87,7 +94,7 @@ def save_student(folder: str | Path, model: nn.Module, *, plan_json: Mapping[str
     Raises:
         UserError: no space, not writable, or a state entry that is no tensor.
     """
-    return save_tensors(folder, weights(model), plan_json)
+    return save_tensors(folder, encode(weights(model)), plan_json)
 
 
 def save_tensors(

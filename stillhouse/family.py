@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.evaluate import agreement, classification, count_macs, count_params, diversity, latency, predict
+from stillhouse.evaluate import (
+    agreement,
+    classification,
+    count_bytes,
+    count_macs,
+    count_params,
+    diversity,
+    fidelity,
+    latency,
+    predict,
+)
 from stillhouse.models import ModelSpec
-from stillhouse.outcomes import Member, Members
+from stillhouse.outcomes import Member, Members, describe
 from stillhouse.report import Matrix, Student
+from stillhouse.score import pack
 
 if TYPE_CHECKING:
     from stillhouse.data import Data, Samples
@@ -40,9 +51,14 @@ class Family(Members):
     notes: list[str] = field(default_factory=list)
     logs: list[dict[str, Any]] = field(default_factory=list)
     base_name: str = ""  # the base's row in reports; without a name it has none
+    inputs: Any = None  # an example input where it is not one tensor of `shape`: a mapping of token ids
+    tokenizer: Any = None  # of transformers, saved with classifiers of text
+    base_inputs: Any = None  # of the base, where it reads something else than its students: another vocabulary
 
     def facts(self, m: Member) -> dict[str, Any]:
-        known = {"classes": list(self.classes), "shape": list(self.shape)}
+        known: dict[str, Any] = {"classes": list(self.classes), "shape": list(self.shape)}
+        if self.inputs is not None:
+            known["inputs"] = describe(self.inputs)
         if not (m.spec or self.spec):
             known["base"] = {
                 "class": type(self.base).__qualname__
@@ -88,12 +104,13 @@ class Family(Members):
         Returns:
             report rows (the base if it has a name, members, the ensemble of several), metrics, matrices.
         """
-        example = torch.zeros(1, *self.shape)
-        base_params, base_macs = count_params(self.base), count_macs(self.base, example)
+        example = torch.zeros(1, *self.shape) if self.inputs is None else self.inputs
+        base_example = example if self.base_inputs is None else self.base_inputs
+        base_params, base_macs = count_params(self.base), count_macs(self.base, base_example)
         speeds = [latency(m.model, example) for m in self.members]
         # A member as large as the base costs what the base costs: one timing, not two that differ by noise.
         whole = [s for m, s in zip(self.members, speeds, strict=True) if count_params(m.model) == base_params]
-        base_ms = (whole[0] if whole else latency(self.base, example)).median_ms
+        base_ms = (whole[0] if whole else latency(self.base, base_example)).median_ms
         z, y = self.logits(data.test, device)
         extra = {name: self.logits(part, device) for name, part in data.extra.items()}
         rows = []
@@ -114,11 +131,16 @@ class Family(Members):
                 found["importance"] = m.importance
             found.update({f"accuracy_{k}": classification(a[i], b)["accuracy"] for k, (a, b) in extra.items()})
             rows.append(Student(m.name, f"students/{m.name}", params, macs, speed.median_ms, found))
+            _compared(rows[-1], m.model, z[i], y, data.test)
         if self.base_name:
-            t, _ = predict(self.base, data.test, device=device)
+            read = "input" if self.base_inputs is None else "teacher"
+            t, _ = predict(self.base, data.test, device=device, read=read)
             self.base.cpu()
             known = {k: v for k, v in classification(t, y).items() if k in ("accuracy", "nll", "ece")}
+            for row, own in zip(rows, z, strict=True):
+                row.metrics.update(fidelity(t, own))
             rows.insert(0, Student(self.base_name, None, base_params, base_macs, base_ms, known, role="base"))
+            _compared(rows[0], self.base, t, y, data.test)
         metrics: dict[str, Any] = {"base_params": base_params, "base_macs": base_macs}
         if len(self) == 1:
             return rows, {**metrics, "accuracy": rows[-1].metrics["accuracy"]}, []
@@ -133,6 +155,13 @@ class Family(Members):
         }
         rows.append(Student("ensemble", None, metrics=kept, role="ensemble"))
         return rows, metrics, [Matrix("Agreement between peers", [m.name for m in self.members], agreement(z).tolist())]
+
+
+def _compared(row: Student, model: nn.Module, z: Tensor, y: Tensor, samples: Samples) -> None:
+    """Adds what comparisons with other models need: bytes, a constant answer's accuracy, which samples were right."""
+    row.metrics.update(weight_bytes=count_bytes(model), chance=float(y.bincount().max()) / len(y))
+    right = (z.argmax(1) == y) & ~z.isnan().any(1)
+    row.right = {"test": samples.fingerprint, "n": len(y), "bits": pack(right.tolist())}
 
 
 def names_of(ratios: Sequence[float]) -> list[str]:

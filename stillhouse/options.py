@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from stillhouse.data import Data
     from stillhouse.engine import Run
     from stillhouse.models import ModelSpec
@@ -97,3 +99,66 @@ class ImageOptions(Options):
         from stillhouse.models import ModelSpec
 
         return ModelSpec(self.model or default, len(data.classes), tuple(data.shape), self.stem)
+
+    def network(self, spec: ModelSpec, seed: int) -> nn.Module | None:
+        """The network with its library's weights where ``--pretrained`` asks for them."""
+        return spec.build(seed=seed, pretrained=True) if self.pretrained else None
+
+
+@dataclass(frozen=True)
+class ClassifierOptions(ImageOptions):
+    """Options of systems for classifiers of images or of sentences."""
+
+    model: str | None = None  # as for images; of text: bag, bert, hf:NAME or package.module:function
+    data: str | None = None  # as for images; of text: sst2, FILE.jsonl, a folder of them, or hf:NAME?text=COLUMN
+    tokenizer: str | None = None  # text: one of transformers (default: the model's own, or the words of the data)
+    length: int = 64  # text: most tokens of a sentence
+    width: int = 64  # text: of bag and bert, which start from scratch
+    layers: int = 2  # text: of bert
+    dropout: float = 0.1  # text: of bert
+
+    def load_data(self, default: str, *, teacher: str | None = None) -> Data:
+        """The data named by ``--data``, or `default`: images, or sentences as token ids.
+
+        Args:
+            teacher: a further tokenizer; sentences then have its ids under ``teacher``.
+        """
+        from stillhouse.text.sentences import names_text, open_rows, rows_of, sentence_data, tokenizer_by_name
+
+        name = self.data or default
+        own_code = ":" in name and name.partition(":")[0] not in ("folder", "hf")
+        parts = open_rows(name) if names_text(name) else rows_of(name) if own_code else None
+        if parts is None:
+            return super().load_data(default)
+        own = self.tokenizer or (self.model or "").partition("hf:")[2]
+        how: dict[str, Any] = {"length": self.length, "seed": self.seed, "limit": self.limit}
+        data = sentence_data(parts, name, tokenizers={"input": tokenizer_by_name(own)} if own else None, **how)
+        if not teacher or teacher == own:
+            return data
+        both = {"input": data.train.tokenizer, "teacher": tokenizer_by_name(teacher)}  # type: ignore[attr-defined]
+        return sentence_data(parts, name, tokenizers=both, **how)
+
+    def spec(self, data: Data, default: str, text_default: str = "bag") -> ModelSpec:
+        """The network named by ``--model``, or the default for these data.
+
+        Raises:
+            UserError: a name that is not one of the kind of these data.
+        """
+        if hasattr(data.train, "tokenizer"):
+            return self.text(self.model or text_default, data)
+        return super().spec(data, default)
+
+    def network(self, spec: ModelSpec, seed: int) -> nn.Module | None:
+        """The network with published weights where ``--pretrained`` asks for them."""
+        from stillhouse.text.classifiers import hub_classifier
+
+        if not (self.model or "").startswith("hf:"):
+            return super().network(spec, seed)
+        name = (self.model or "").removeprefix("hf:")
+        return hub_classifier(name, spec.classes, self.length)[1] if self.pretrained else None
+
+    def text(self, name: str, data: Data) -> ModelSpec:
+        """A classifier of sentences by name, of the asked width and depth."""
+        from stillhouse.text.classifiers import text_spec
+
+        return text_spec(name, data, width=self.width, layers=self.layers, dropout=self.dropout)

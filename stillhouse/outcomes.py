@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
-from stillhouse.evaluate import count_macs, count_params, latency
+from stillhouse.evaluate import count_bytes, count_macs, count_params, latency
 from stillhouse.export import PLAN, WEIGHTS, read_tensors, save_student, save_tensors
 from stillhouse.files import atomic_write, inside, read_json, write_json
 from stillhouse.models import ModelSpec
@@ -56,6 +56,7 @@ class Members:
 
     members: list[Member]
     spec: ModelSpec | None
+    tokenizer: Any  # of transformers, which models of text are saved with; None for others
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self.members)
@@ -71,10 +72,22 @@ class Members:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes every member to ``folder/students/NAME/{model.safetensors, plan.json}``."""
-        return [
-            save_student(inside(Path(folder) / "students", m.name), m.model, plan_json=self.facts(m))
-            for m in self.members
-        ]
+        made = []
+        for m in self.members:
+            home = inside(Path(folder) / "students", m.name)
+            save_student(home, m.model, plan_json=self.facts(m), encode=m.plan.encoded if m.plan else dict)
+            self._companions(home, m.model)
+            made.append(home)
+        return made
+
+    def _companions(self, home: Path, model: Any) -> None:
+        """The tokenizer, and the configuration with which ``from_pretrained`` of transformers reads the folder too."""
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(home))
+        if type(model).__module__.startswith("transformers."):
+            config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+            text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+            atomic_write(inside(home, "config.json"), text.encode())
 
     def facts(self, m: Member) -> dict[str, Any]:
         """The content of a member's ``plan.json``."""
@@ -94,6 +107,7 @@ class Models(Members):
             by name. Cost and latency are measured with it, and exports are made with it.
         spec: how the members' base is built again, where they share one.
         cost: what training took. notes: what the user should know. logs: rows of the stages.
+        tokenizer: of transformers, saved with models of text.
 
     Example:
         >>> made = Models([Member("line", nn.Linear(3, 2))], torch.zeros(1, 3))
@@ -107,6 +121,7 @@ class Models(Members):
     cost: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     logs: list[dict[str, Any]] = field(default_factory=list)
+    tokenizer: Any = None
 
     def facts(self, m: Member) -> dict[str, Any]:
         return {**super().facts(m), "inputs": describe(self.inputs)}
@@ -118,6 +133,7 @@ class Models(Members):
             path, speed = Path(folder) / "students" / m.name, latency(m.model, self.inputs)
             measured = {
                 "bytes": (path / WEIGHTS).stat().st_size,
+                "weight_bytes": count_bytes(m.model),
                 "latency_p10": speed.p10_ms,
                 "latency_p90": speed.p90_ms,
                 "threads": speed.threads,
@@ -128,26 +144,35 @@ class Models(Members):
 
 
 def describe(inputs: Any) -> Any:
-    """An example input as JSON: every tensor becomes its shape and dtype."""
+    """An example input as JSON: every tensor becomes its shape and dtype, whole numbers with their range."""
     if isinstance(inputs, Tensor):
-        return {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+        facts = {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+        whole = not inputs.is_floating_point() and inputs.dtype != torch.bool and inputs.numel()
+        return {**facts, "range": [int(inputs.min()), int(inputs.max())]} if whole else facts
     if isinstance(inputs, Mapping):
         return {k: describe(v) for k, v in inputs.items()}
     return [describe(v) for v in inputs]
 
 
 def example_inputs(facts: Mapping[str, Any], where: str) -> Any:
-    """Zeros like the inputs that a ``plan.json`` describes (`describe`), or of its ``shape``; a batch of two.
+    """Inputs like those that a ``plan.json`` describes (`describe`), or of its ``shape``; a batch of two.
+
+    Zeros, and whole numbers from all over their range: token ids that exist, a mask of ones.
 
     Raises:
         UserError: neither is there, or they are no sizes.
     """
 
     def made(value: Any) -> Any:
-        if isinstance(value, Mapping) and set(value) == {"shape", "dtype"}:
-            dtype, size = getattr(torch, str(value["dtype"]), None), value["shape"]
-            if isinstance(dtype, torch.dtype) and isinstance(size, list) and _sizes(size):
-                return torch.zeros([2, *size[1:]] if size else [], dtype=dtype)
+        if isinstance(value, Mapping) and {"shape", "dtype"} <= set(value) <= {"shape", "dtype", "range"}:
+            dtype, size, ends = getattr(torch, str(value["dtype"]), None), value["shape"], value.get("range", [0, 0])
+            if isinstance(dtype, torch.dtype) and isinstance(size, list) and _sizes(size) and _range(ends):
+                one = torch.zeros([2, *size[1:]] if size else [], dtype=dtype)
+                low, high = ends
+                spread = (
+                    torch.linspace(low, high, one.numel()).round() if high > low else torch.full([one.numel()], low)
+                )
+                return one + spread.view(one.shape).to(dtype)
         elif isinstance(value, Mapping):
             return {str(k): made(v) for k, v in value.items()}
         elif isinstance(value, list):
@@ -160,6 +185,10 @@ def example_inputs(facts: Mapping[str, Any], where: str) -> Any:
     if not isinstance(shape, list) or not _sizes(shape):
         raise UserError(f"{where}: shape must be a list of sizes, got {shape!r}")
     return torch.zeros(2, *shape)
+
+
+def _range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) for n in value)
 
 
 def _sizes(value: list[Any]) -> bool:
@@ -292,8 +321,9 @@ def _load_model(folder: Path, base: nn.Module | None) -> nn.Module:
                 "by name; call stillhouse.load(folder, base=your_network)"
             )
         base = ModelSpec.from_json(known).build()
-    model = Plan.from_json(facts).build(base)
-    own = model.state_dict()
+    plan = Plan.from_json(facts)
+    model = plan.build(base)
+    own, tensors = model.state_dict(), plan.decoded(tensors, model)
     for name in [*own, *tensors]:
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
             raise UserError(f"{folder}: model.safetensors and plan.json do not fit each other, first at {name!r}")

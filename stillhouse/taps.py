@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stillhouse.errors import UserError, did_you_mean
+from stillhouse.evaluate import call, evaluating, logits_of
 
 
 class Features(dict[str, Tensor]):
@@ -138,7 +139,7 @@ def ends(model: nn.Module, inputs: Any) -> Ends:
             handles.append(module.register_forward_hook(note))
     try:
         with torch.no_grad():
-            model(inputs)
+            call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -159,6 +160,32 @@ def ends(model: nn.Module, inputs: Any) -> Ends:
             "give a convolutional network or a transformer"
         )
     return Ends(found, calls[heads[-1]][0])
+
+
+def head(model: nn.Module, inputs: Any) -> str:
+    """Path of the linear layer whose output is the model's logits: ``PATH:in`` taps the embedding it reads.
+
+    Args:
+        model: any classifier; it is called once, in eval mode.
+        inputs: one batch.
+
+    Raises:
+        UserError: the logits are not what an `nn.Linear` gives.
+
+    Example:
+        >>> head(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 2))
+        '2'
+    """
+    linear = [path for path, m in model.named_modules() if path and isinstance(m, nn.Linear)]
+    with torch.no_grad(), evaluating(model), tap(model, linear) as seen:
+        logits = logits_of(call(model, inputs))
+    same = [path for path, z in seen.items() if z.shape == logits.shape and torch.equal(z, logits)]
+    if not same:
+        raise UserError(
+            f"the logits of {type(model).__name__} are not the output of an nn.Linear, and so there is no embedding "
+            "before them; end it with one, or give a network that does"
+        )
+    return same[-1]
 
 
 def _positions(t: Tensor | None) -> int:

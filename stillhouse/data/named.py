@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from stillhouse.data.external import open_folder, open_hub
-from stillhouse.data.samples import ARRAY_AUGMENTS, Arrays, Relabelled, Samples, Subset
+from stillhouse.data.samples import ARRAY_AUGMENTS, Arrays, Relabelled, Subset
 from stillhouse.data.sets import Data, as_data, from_arrays
 from stillhouse.errors import UserError, did_you_mean
 
@@ -102,7 +102,7 @@ def load(
     data = opener(spec)(options)
     train, notes = data.train, list(data.notes)
     if limit is not None and limit < len(train):
-        train = Subset(train, first_balanced(train, limit), own_ids=True)
+        train = Subset(train, first_balanced(train.labels, limit), own_ids=True)
     if limit is not None and limit == len(train):  # a set may have kept to it while reading
         notes.append(f"train: the first {limit} samples, classes balanced")
     if label_noise:
@@ -142,15 +142,15 @@ def opener(spec: str) -> Callable[[Options], Data]:
     raise UserError(f"unknown data {spec!r}; {did_you_mean(spec, [*NAMED, *FORMS])}")
 
 
-def first_balanced(samples: Samples, limit: int) -> np.ndarray:
+def first_balanced(labels: np.ndarray, limit: int) -> np.ndarray:
     """Sorted positions of the first `limit` samples taken round-robin over the classes."""
-    if limit < len(samples.classes):
-        raise UserError(f"limit={limit} is less than the {len(samples.classes)} classes; each needs a sample")
-    order = np.argsort(samples.labels, kind="stable")
-    counts = np.bincount(samples.labels, minlength=len(samples.classes))
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    if limit < len(counts):
+        raise UserError(f"limit={limit} is less than the {len(counts)} classes; each needs a sample")
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.sort(np.lexsort((samples.labels, rank))[:limit])
+    return np.sort(np.lexsort((labels, rank))[:limit])
 
 
 def array_part(x: np.ndarray, y: np.ndarray, options: Options, **how: Any) -> Arrays:
@@ -277,7 +277,7 @@ def packed_train(paths: list[Path], limit: int | None) -> tuple[np.ndarray, np.n
                 labels.append(z["labels"])
         sizes = [len(y) for y in labels]
         every = np.concatenate(labels)
-        kept = first_balanced(Arrays(np.empty((len(every), 0), np.uint8), every, classes=CIFAR10), limit)
+        kept = first_balanced(every, limit)
         starts = np.cumsum([0, *sizes])
         pieces = [kept[(kept >= a) & (kept < a + n)] - a for a, n in zip(starts, sizes)]
         parts = [decode_cifar(p, piece) for p, piece in zip(paths, pieces) if len(piece)]

@@ -1,8 +1,10 @@
 """Text: tasks with rationales, parsers, tokenizers, batches in several views, sequence-to-sequence students."""
 
 from stillhouse.text.arithmetic import evaluate, same_value
+from stillhouse.text.classifiers import Bag, bag_spec, bert_spec, hub_classifier, text_spec
 from stillhouse.text.encoding import Codec, small_tokenizer
 from stillhouse.text.parsers import KINDS, Kind
+from stillhouse.text.sentences import Sentences, open_rows, sentence_data
 from stillhouse.text.seq2seq import (
     Answerer,
     TextMember,
@@ -21,26 +23,34 @@ __all__ = [
     "KINDS",
     "PAIR",
     "Answerer",
+    "Bag",
     "Codec",
     "Example",
     "Kind",
+    "Sentences",
     "Task",
     "TextMember",
     "TextModels",
     "View",
     "Views",
+    "bag_spec",
+    "bert_spec",
     "encode",
     "evaluate",
     "generate",
     "gru_spec",
+    "hub_classifier",
     "load",
     "model_inputs",
+    "open_rows",
     "open_task",
     "parse_report",
     "same_value",
+    "sentence_data",
     "shuffled",
     "small_tokenizer",
     "t5_spec",
+    "text_spec",
     "token_nll",
     "with_adapters",
 ]

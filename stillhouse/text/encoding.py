@@ -13,7 +13,9 @@ from stillhouse.text.tasks import PAIR
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as in T5
 
 
-def small_tokenizer(texts: Iterable[str], level: Literal["word", "char"] = "word", min_count: int = 1) -> Any:
+def small_tokenizer(
+    texts: Iterable[str], level: Literal["word", "char"] = "word", min_count: int = 1, lower: bool = False
+) -> Any:
     """A word- or character-level tokenizer of these texts, as transformers has them (`PreTrainedTokenizerFast`).
 
     Words are what stands between blanks; decoding joins them by one blank. Characters are decoded as they are. Ids are
@@ -23,6 +25,7 @@ def small_tokenizer(texts: Iterable[str], level: Literal["word", "char"] = "word
         texts: what the vocabulary is taken from.
         level: word or char.
         min_count: rarer words become ``<unk>``.
+        lower: read everything in lower case.
 
     Raises:
         UserError: no text at all; transformers is not installed.
@@ -33,27 +36,32 @@ def small_tokenizer(texts: Iterable[str], level: Literal["word", "char"] = "word
         ([3, 2, 4, 1], 'a b')
     """
     try:
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
     except ModuleNotFoundError as error:
         raise need("text", error.name or "transformers") from None
     count: Counter[str] = Counter()
     for text in texts:
+        text = text.lower() if lower else text
         count.update(text.replace(PAIR, " ").split() if level == "word" else text.replace(PAIR, ""))
     if not count:
         raise UserError("a tokenizer needs text, and all texts are empty")
     kept = sorted((w for w, k in count.items() if k >= min_count), key=lambda w: (-count[w], w))
     vocabulary = {w: i for i, w in enumerate([*SPECIAL, *(w for w in kept if w not in SPECIAL)])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[2]))
+    if lower:
+        raw.normalizer = normalizers.Lowercase()
     if level == "word":
         raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     else:
         raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         raw.decoder = decoders.Fuse()
-    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    raw.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token=SPECIAL[0], eos_token=SPECIAL[1], unk_token=SPECIAL[2],
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError, need
 from stillhouse.evaluate import evaluating, logits_of
-from stillhouse.files import atomic_write, inside, read_json
+from stillhouse.files import read_json
 from stillhouse.models import ModelSpec, import_library, import_object
 from stillhouse.objectives.tokens import IGNORE, token_cross_entropy
 from stillhouse.outcomes import Member, Models
@@ -216,8 +215,6 @@ class TextModels(Models):
         tokenizer: of transformers.
     """
 
-    tokenizer: Any = None
-
     def facts(self, m: Member) -> dict[str, Any]:
         return {**super().facts(m), "text": self.answerer(m.name).text}
 
@@ -225,17 +222,6 @@ class TextModels(Models):
         """A member, ready to answer."""
         m = cast(TextMember, self[name])
         return Answerer.of(m.model, self.tokenizer, m.text)
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes ``folder/students/NAME/`` with weights, plan, tokenizer and, for transformers, ``config.json``."""
-        made = super().save(folder)
-        for m, home in zip(self.members, made, strict=True):
-            self.tokenizer.save_pretrained(str(home))
-            if type(m.model).__module__.startswith("transformers."):
-                config = cast(Any, m.model).config.to_dict() | {"architectures": [type(m.model).__name__]}
-                text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
-                atomic_write(inside(home, "config.json"), text.encode())
-        return made
 
 
 @dataclass

@@ -86,8 +86,8 @@ def test_limit_noise_and_size() -> None:
 def test_first_balanced_takes_the_first_of_each_class() -> None:
     labels = np.array([0, 0, 0, 0, 1, 2, 0, 1, 1, 2])
     s = Arrays(np.zeros((10, 1)), labels)
-    assert first_balanced(s, 6).tolist() == [0, 1, 4, 5, 7, 9]
-    assert first_balanced(s, 9).tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]  # rare classes run out
+    assert first_balanced(s.labels, 6).tolist() == [0, 1, 4, 5, 7, 9]
+    assert first_balanced(s.labels, 9).tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]  # rare classes run out
 
 
 def test_resized_averages() -> None:
@@ -420,7 +420,7 @@ def test_real_cifar10(data_folder: Path) -> None:
     mean = 0.8 * parts[0][0] + 0.2 * parts[1][0]
     np.testing.assert_allclose(mean, (0.49139968, 0.48215841, 0.44653091), atol=2e-6)
     some = load("cifar10", root=data_folder, limit=300)
-    kept = first_balanced(data.train, 300)
+    kept = first_balanced(data.train.labels, 300)
     assert np.bincount(some.train.labels).tolist() == [30] * 10
     assert torch.equal(some.train.take(np.arange(300))["input"], data.train.take(kept)["input"])
     assert load("cifar10", root=data_folder, limit=300, image_size=16).shape == (3, 16, 16)

@@ -7,39 +7,23 @@ stillhouse distill --teacher runs/r18/students/p00 --student torchvision:resnet1
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
-from torch import Tensor, nn
+from typing import Any
 
 from stillhouse.data import Data, load, split
 from stillhouse.engine import Run
 from stillhouse.errors import UserError
 from stillhouse.evaluate import classification, environment, predict
-from stillhouse.export import read_weights
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec
-from stillhouse.options import ImageOptions
-from stillhouse.outcomes import load as load_student
 from stillhouse.recipes.distill.recipe import Config, distill, train_teacher
 from stillhouse.report import Claim, Curve, Report
 from stillhouse.system import fold
-from stillhouse.teachers import Normalisation
+from stillhouse.teacher_options import TeacherOptions
 from stillhouse.trials import mean, table, trials
 
-
-@dataclass(frozen=True)
-class OPTIONS(ImageOptions):
-    """Images, a student and its teachers."""
-
-    model: Annotated[str | None, tyro.conf.arg(aliases=["--student"])] = None  # the student, by name or module:function
-    teacher: tuple[str, ...] = ()  # RUN/students/NAME, timm:NAME, torchvision:NAME, module:function; several: averaged
-    teacher_weights: tuple[Path, ...] = ()  # .safetensors with a state dict, one per teacher
-
-
+OPTIONS = TeacherOptions
 PRESET = Config(epochs=40, teacher_epochs=40, batch=64, optimizer="adamw", lr=3e-3, weight_decay=0.01)
 TINY = replace(PRESET, objective=("kd:0.5?T=4", "attention:block2:10"), epochs=1, teacher_epochs=1)
 TEACHER = ModelSpec("stillhouse:cnn", 10, (1, 8, 8), options={"widths": [16, 32, 64]})
@@ -64,15 +48,15 @@ def tiny(run: Run, cfg: Config = TINY, student: ModelSpec = STUDENT) -> Family:
     return distill(run, load("digits", limit=192), student, TEACHER.build(seed=fold(run.seed, "teacher")), cfg)
 
 
-def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None:
+def main(run: Run, options: TeacherOptions, cfg: Config, command: str) -> Report | None:
     """One distillation as the command makes it; without flags also every objective on digits, over seeds."""
     data = options.load_data("digits")
     if options.own or options.teacher:
         if not options.teacher and cfg.objective:
             raise UserError("--teacher is missing: give a trained network (RUN/students/NAME, timm:NAME, …)")
         student = options.spec(data, "stillhouse:cnn")
-        network = student.build(seed=run.seed, pretrained=True) if options.pretrained else None
-        teachers, look = open_teachers(options, data, cfg)
+        network = options.network(student, run.seed)
+        teachers, look = options.teachers(data, fresh=bool(cfg.teacher_epochs))
         family = distill(run, data, student, teachers, cfg, network=network, **look)
     else:
         family = distill(run, data, STUDENT, TEACHER.build(seed=fold(run.seed, "teacher")), cfg)
@@ -141,73 +125,3 @@ def describe(run: Run, family: Family, data: Data, command: str) -> Report:
         seed=run.seed, environment=environment(), metrics=metrics, claims=[], students=students, cost=family.cost,
         notes=[*data.notes, *family.notes], curves=[Curve("Loss by objective, as weighted", "step", "loss", lines)],
     )  # fmt: skip
-
-
-def open_teachers(options: OPTIONS, data: Data, cfg: Config) -> tuple[list[nn.Module], dict[str, Any]]:
-    """The networks named by ``--teacher`` with their weights, and how their input differs from the student's."""
-    weights = options.teacher_weights
-    if weights and len(weights) != len(options.teacher):
-        raise UserError(
-            f"--teacher-weights: expected one file per teacher ({len(options.teacher)}), got {len(weights)}"
-        )
-    found, look = [], dict[str, Any]()
-    for k, name in enumerate(options.teacher):
-        if (Path(name) / "plan.json").exists():
-            found.append(load_student(name))
-            continue
-        source = name.partition(":")[0]
-        spec = ModelSpec(
-            name, len(data.classes), tuple(data.shape), options.stem if source == "torchvision" else "keep"
-        )
-        if weights:
-            found.append(filled(spec.build(), weights[k]))
-        elif cfg.teacher_epochs or source not in ("stillhouse", "torchvision", "timm"):
-            found.append(spec.build(seed=fold(options.seed, "teacher", k)))
-        else:
-            classes, look = published(name, data)
-            if classes != len(data.classes):
-                raise UserError(
-                    f"--teacher {name}: its published weights are for {classes or 'no'} classes, {data.name} has "
-                    f"{len(data.classes)}; give --teacher-weights FILE, or --teacher-epochs N to train it first"
-                )
-            found.append(spec.build(pretrained=True))
-    return found, look
-
-
-def published(name: str, data: Data) -> tuple[int, dict[str, Any]]:
-    """Classes of a library's published weights (0: there are none), and the normalisation and size they expect."""
-    source, _, short = name.partition(":")
-    mean: Any = (0.485, 0.456, 0.406)
-    std: Any = (0.229, 0.224, 0.225)
-    if source == "timm":
-        import timm
-
-        known = timm.get_pretrained_cfg(short)
-        if known is None or not known.has_weights:
-            return 0, {}
-        classes, mean, std = known.num_classes, known.mean, known.std
-    elif source == "torchvision":
-        from torchvision.models import get_model_weights
-
-        classes = len(get_model_weights(short).DEFAULT.meta["categories"])
-    else:
-        return 0, {}
-    own_mean, own_std = (getattr(data.train, k, None) for k in ("mean", "std"))
-    if own_mean is None or own_std is None or (tuple(own_mean), tuple(own_std)) == (tuple(mean), tuple(std)):
-        return classes, {}
-    normalisation: Normalisation = (own_mean, own_std, mean, std)
-    return classes, {"normalize": normalisation}
-
-
-def filled(model: nn.Module, path: Path) -> nn.Module:
-    """The model with the weights of a safetensors file."""
-    tensors, _ = read_weights(path)
-    own: dict[str, Tensor] = model.state_dict()
-    for name in [*own, *tensors]:
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
-            shapes = [tuple(d[name].shape) if name in d else "nothing" for d in (own, tensors)]
-            raise UserError(
-                f"{path} does not fit {type(model).__name__}: at {name!r} it needs {shapes[0]}, has {shapes[1]}"
-            )
-    model.load_state_dict(tensors)
-    return model

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stillhouse.comparisons import Objective, taps_of
 from stillhouse.data import Batches, Data
-from stillhouse.distill import Distill, Objective, taps_of
+from stillhouse.distill import Distill
 from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import count_params, evaluating

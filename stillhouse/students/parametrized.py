@@ -1,0 +1,323 @@
+"""Weights as functions of other weights while they are trained: quantised, N:M sparse, or of your own making.
+
+A projector is a parametrization (`torch.nn.utils.parametrize`): the layer keeps a dense weight that the optimiser
+moves, and computes with what the projector makes of it. `bake` puts the projected values in its place and gives the
+edits with which a `Plan` stores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from stillhouse.errors import UserError, did_you_mean
+from stillhouse.students.edits import Pack
+from stillhouse.students.packing import Code, grouped, groups, nearest, ungrouped
+
+EPS = 1e-10  # below it a group of equal values has scale 1
+
+
+class _Through(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, values: Tensor, passes: Tensor | None) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (passes,) = ctx.saved_tensors
+        return g if passes is None else g * passes, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dw: Tensor, dv: Any, dp: Any) -> Tensor:
+        (passes,) = ctx.saved_tensors
+        return dw.clone() if passes is None else dw * passes
+
+
+def straight_through(w: Tensor, values: Tensor, passes: Tensor | None = None) -> Tensor:
+    """The given values, exactly, with the derivative of w: ∂/∂w = 1, or `passes` where that is given.
+
+    Args:
+        w: what the optimiser moves.
+        values: what the network computes with, of w's shape; detached.
+        passes: factors of the gradient, such as a mask.
+
+    Source: Bengio, Léonard, Courville (2013, arXiv 1308.3432).
+
+    Example:
+        >>> w = torch.tensor([0.3, 0.8], requires_grad=True)
+        >>> straight_through(w, w.detach().round()).sum().backward()
+        >>> w.grad.tolist()
+        [1.0, 1.0]
+    """
+    return _Through.apply(w, values.detach(), None if passes is None else passes.to(w.dtype))
+
+
+class Projector(nn.Module):
+    """w ↦ P(w), the gradient straight through; subclasses say `values` and perhaps `passes`."""
+
+    def values(self, w: Tensor) -> Tensor:
+        """P(w); w is detached."""
+        raise NotImplementedError
+
+    def passes(self, w: Tensor) -> Tensor | None:
+        """Factors of the gradient; None for 1."""
+        return None
+
+    def forward(self, w: Tensor) -> Tensor:
+        fixed = w.detach()
+        return straight_through(w, self.values(fixed), self.passes(fixed))
+
+
+def nm_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
+    """True for the n largest magnitudes of every m consecutive weights along the reduction axis; ties go to the first.
+
+    The reduction axis of a linear layer is its input, of a convolution (input, kernel row, kernel column) flattened.
+
+    Args:
+        w: (out, …). Raises UserError where the rest does not divide by m.
+
+    Example:
+        >>> nm_mask(torch.tensor([[3.0, -4.0, 1.0, 2.0]])).tolist()
+        [[True, True, False, False]]
+    """
+    flat = w.reshape(len(w), -1)
+    if not 0 < n <= m or flat.shape[1] % m:
+        raise UserError(
+            f"{n}:{m} sparsity needs 0 < n <= m and rows that {m} divides, got a weight of {tuple(w.shape)}"
+        )
+    order = torch.argsort(flat.view(len(w), -1, m).abs(), dim=-1, descending=True, stable=True)
+    mask = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+    return mask.view(w.shape)
+
+
+class NM(Projector):
+    """N:M sparsity (`nm_mask`), the mask found anew in every forward pass, or kept as it is given.
+
+    Args:
+        n, m: n weights of every m stay.
+        mask: a fixed one.
+        dense_gradient: whether weights that are out are moved too (the straight-through way); with a fixed mask they
+            are not.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, n: int = 2, m: int = 4, mask: Tensor | None = None, dense_gradient: bool | None = None):
+        super().__init__()
+        self.n, self.m = n, m
+        self.dense_gradient = mask is None if dense_gradient is None else dense_gradient
+        self.register_buffer("mask", mask)
+
+    def chosen(self, w: Tensor) -> Tensor:
+        return nm_mask(w, self.n, self.m) if self.mask is None else self.mask
+
+    def values(self, w: Tensor) -> Tensor:
+        return torch.where(self.chosen(w), w, torch.zeros((), dtype=w.dtype, device=w.device))
+
+    def passes(self, w: Tensor) -> Tensor | None:
+        return None if self.dense_gradient else self.chosen(w)
+
+
+class Quantizer(Projector):
+    """A projector whose values are `Code` levels.
+
+    Args:
+        bits: of a code, 1 to 8.
+        group: values with one scale and zero; 0: per output channel, -1: one for the tensor, else buckets of so many
+            consecutive values.
+    """
+
+    def __init__(self, bits: int, group: int = 0):
+        super().__init__()
+        if not 1 <= bits <= 8 or group < -1:
+            raise UserError(f"quantisation needs 1 to 8 bits and a group of -1, 0 or more, got {bits}, {group}")
+        self.bits, self.group = bits, group
+
+    def code(self, w: Tensor) -> Code:
+        """Points, scales and zeros for a tensor."""
+        raise NotImplementedError
+
+    def index(self, w: Tensor, code: Code) -> Tensor:
+        """Codes of the values, (groups, size)."""
+        return nearest(grouped(w.float(), self.group), code.levels())
+
+    def values(self, w: Tensor) -> Tensor:
+        code = self.code(w)
+        return ungrouped(code.levels().gather(1, self.index(w, code)), w.shape).to(w.dtype)
+
+
+class Symmetric(Quantizer):
+    """scale_g · q, q a whole number in ±(2^{b−1}−1), scale_g = max|w_g| / (2^{b−1}−1), rounded half to even.
+
+    Zero stays exactly zero, so that masks survive.
+    """
+
+    def code(self, w: Tensor) -> Code:
+        most = max(1, 2 ** (self.bits - 1) - 1)
+        scale = grouped(w.float(), self.group).abs().amax(1) / most
+        scale = torch.where(scale < EPS, torch.ones_like(scale), scale)
+        points = torch.arange(-most, 2**self.bits - most, device=w.device).clamp(max=most).float()
+        return Code(points, scale, torch.zeros_like(scale), self.bits, self.group)
+
+    def index(self, w: Tensor, code: Code) -> Tensor:
+        most = max(1, 2 ** (self.bits - 1) - 1)
+        q = torch.round(grouped(w.float(), self.group) / code.scale[:, None]).clamp(-most, most)
+        return (q + most).long()
+
+
+class MinMax(Quantizer):
+    """min_g + (max_g − min_g) · k / (2^b − 1), k a whole number, rounded half to even."""
+
+    def code(self, w: Tensor) -> Code:
+        values = grouped(w.float(), self.group)
+        low, high = values.amin(1), values.amax(1)
+        scale = torch.where(high - low < EPS, torch.ones_like(low), high - low)
+        points = torch.arange(2**self.bits, device=w.device).float() / (2**self.bits - 1)
+        return Code(points, scale, low, self.bits, self.group)
+
+    def index(self, w: Tensor, code: Code) -> Tensor:
+        most = 2**self.bits - 1
+        u = (grouped(w.float(), self.group) - code.zero[:, None]) / code.scale[:, None]
+        return torch.round(u * most).clamp(0, most).long()
+
+
+class Codebook(Quantizer):
+    """min_g + (max_g − min_g) · p_k with learned points p, one set per tensor; the weight itself stays as it is.
+
+    ∂L/∂p_k = Σ_{i: code k} (max − min)_{g(i)} ∂L/∂w_i. Sort the points after every step (`sort_`).
+
+    Args:
+        points: (2^bits,) in [0, 1], or fewer; they are filled up with the last.
+
+    Source: Polino, Pascanu, Alistarh (ICLR 2018), section 4.
+    """
+
+    def __init__(self, bits: int, points: Tensor, group: int = 256):
+        super().__init__(bits, group)
+        if points.dim() != 1 or not 2 <= len(points) <= 2**bits:
+            raise UserError(f"a codebook of {bits} bits has 2 to {2**bits} points, got {tuple(points.shape)}")
+        self.points = nn.Parameter(points.detach().float().sort().values)
+
+    def code(self, w: Tensor) -> Code:
+        low_high = MinMax(self.bits, self.group).code(w)
+        filled = torch.cat([self.points, self.points[-1:].expand(2**self.bits - len(self.points))])
+        return Code(filled, low_high.scale, low_high.zero, self.bits, self.group)
+
+    def forward(self, w: Tensor) -> Tensor:
+        code = self.code(w.detach())
+        with torch.no_grad():
+            index = self.index(w.detach(), code)
+        return ungrouped(code.levels().gather(1, index), w.shape).to(w.dtype)
+
+    @torch.no_grad()
+    def sort_(self) -> None:
+        """Puts the points in ascending order."""
+        self.points.copy_(self.points.sort().values)
+
+
+def weight_layers(
+    model: nn.Module,
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[str]:
+    """Paths of the layers of some kinds, in the order of the network.
+
+    Args:
+        include, exclude: module paths, or patterns with ``*``; a path stands for all that lies under it.
+
+    Raises:
+        UserError: a pattern that no module has, or a module that is named and of another kind.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> weight_layers(net, exclude=["0"])
+        ['2']
+    """
+    paths = {n: m for n, m in model.named_modules() if n}
+
+    def meant(pattern: str, path: str) -> bool:
+        return fnmatchcase(path, pattern) or path.startswith(pattern + ".")
+
+    for pattern in (*include, *exclude):
+        if not any(meant(pattern, p) for p in paths):
+            raise UserError(f"{type(model).__name__} has no module {pattern!r}; {did_you_mean(pattern, paths)}")
+    for pattern in include:
+        if pattern in paths and not any(isinstance(m, kinds) for m in paths[pattern].modules()):
+            known = ", ".join(k.__name__ for k in kinds)
+            raise UserError(f"{pattern}: {type(paths[pattern]).__name__} is not supported; it must be or hold {known}")
+    found = [p for p, m in paths.items() if isinstance(m, kinds) and not any(meant(e, p) for e in exclude)]
+    return [p for p in found if not include or any(meant(i, p) for i in include)]
+
+
+def parametrize_weights(
+    model: nn.Module, layers: Sequence[str], make: Callable[[str, nn.Module], nn.Module | None]
+) -> list[str]:
+    """Puts a projector on the weight of each of these layers, in place; those for which `make` gives None stay.
+
+    Returns:
+        The paths that have one now.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 2))
+        >>> parametrize_weights(net, ["0"], lambda path, layer: NM(2, 4)), int((net[0].weight != 0).sum())
+        (['0'], 4)
+    """
+    done = []
+    for path in layers:
+        layer = model.get_submodule(path)
+        projector = make(path, layer)
+        if projector is not None:
+            parametrize.register_parametrization(layer, "weight", projector)
+            done.append(path)
+    return done
+
+
+def projectors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """(path, layer, its list of parametrizations) of every layer whose weight is a function."""
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            yield path, module, module.parametrizations["weight"]
+
+
+@torch.no_grad()
+def bake(model: nn.Module) -> list[Pack]:
+    """Puts the projected values in place of the weights, in place: plain layers that compute the same.
+
+    Returns:
+        For every weight whose last projector is a `Quantizer` the edit with which a plan stores its codes; the layer
+        has the buffers that the edit needs. ``plan.then(*bake(model))`` is the plan of the baked model.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 2))
+        >>> _ = parametrize_weights(net, ["0"], lambda path, layer: Symmetric(4))
+        >>> bake(net)
+        [Pack(module='0', bits=4, group=0)]
+    """
+    edits = []
+    for path, layer, chain in list(projectors(model)):
+        code, last = None, chain[-1]
+        if isinstance(last, Quantizer):
+            before = chain.original
+            for earlier in list(chain)[:-1]:
+                before = earlier(before)
+            code = last.code(before)
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        if code is not None:
+            for name, value in (("points", code.points), ("scale", code.scale), ("zero", code.zero)):
+                layer.register_buffer(f"weight_{name}", value.detach().clone())
+            assert groups(layer.weight.shape, code.group) == len(code.scale)  # type: ignore[arg-type]
+            edits.append(Pack(path, code.bits, code.group))
+    return edits
