@@ -24,8 +24,8 @@ Normalisation = tuple[abc.Sequence[float], abc.Sequence[float], abc.Sequence[flo
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def state_fingerprint(model: nn.Module) -> str:
-    """Hash of names, types, shapes and bytes of all parameters and buffers.
+def state_fingerprint(model: nn.Module, buffers: bool = True) -> str:
+    """Hash of names, types, shapes and bytes of all parameters and, unless `buffers` is False, all buffers.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -33,7 +33,7 @@ def state_fingerprint(model: nn.Module) -> str:
         True
     """
     digest = hashlib.blake2b(digest_size=16)
-    for kind in (model.named_parameters(), model.named_buffers()):
+    for kind in (model.named_parameters(), model.named_buffers() if buffers else ()):
         for name, tensor in kind:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
@@ -47,10 +47,16 @@ def _input(batch: Batch, key: str, who: str) -> Any:
     return batch[key]
 
 
-def _answer(model: nn.Module, x: Any, taps: abc.Sequence[str]) -> Signals:
-    """Logits (at least float32) and tapped features, detached; puts the model in eval mode first."""
-    if any(m.training for m in model.modules()):
+def _answer(model: nn.Module, x: Any, taps: abc.Sequence[str], batch_statistics: bool = False) -> Signals:
+    """Logits (at least float32) and tapped features, detached; sets the mode of every module first.
+
+    That is eval mode, also for dropout and stochastic depth; with `batch_statistics` all but the batch norms.
+    """
+    trains = {m: batch_statistics and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()}
+    if any(m.training != mode for m, mode in trains.items()):
         model.eval()
+        for m in (m for m, mode in trains.items() if mode):
+            m.train()
     with torch.no_grad():
         if not taps:
             return Signals(logits=_float(logits_of(call(model, x))))
@@ -79,6 +85,9 @@ class Frozen:
         precision: "float32", "bfloat16" or "float16" autocast for its forward pass; None takes what is
             set around it.
         copy: work on a copy of the model.
+        batch_statistics: batch norm normalises by the mean and variance of the batch asked about, as it does in
+            training. Works on a copy, whose running statistics move and are kept nowhere; everything else
+            stays in eval mode. An answer then depends on the whole batch: not for `Cached` signals.
 
     Example:
         >>> teacher = Frozen(nn.Linear(4, 3))
@@ -96,12 +105,14 @@ class Frozen:
         resize: int | None = None,
         precision: Literal["float32", "bfloat16", "float16"] | None = None,
         copy: bool = False,
+        batch_statistics: bool = False,
     ):
         if not isinstance(model, nn.Module):
             raise UserError(f"Frozen: needs a torch.nn.Module, got {type(model).__name__}; give the network itself")
         if precision is not None and precision not in _PRECISIONS:
             raise UserError(f"Frozen: unknown precision {precision!r}; {did_you_mean(precision, _PRECISIONS)}")
-        self._model = (copying.deepcopy(model) if copy else model).eval().requires_grad_(False)
+        model = copying.deepcopy(model) if copy or batch_statistics else model
+        self._model, self._batch_statistics = model.eval().requires_grad_(False), batch_statistics
         self._taps, self._input, self._resize, self._precision = list(taps), input, resize, precision
         with tap(self._model, self._taps):
             pass  # an unknown path is said here, not at the first step
@@ -112,16 +123,18 @@ class Frozen:
             self._affine = (s0 / s1, (m0 - m1) / s1)
         self._normalize = None if normalize is None else [[float(x) for x in part] for part in normalize]
         self._weights = state_fingerprint(self._model)
+        self._kept = state_fingerprint(self._model, buffers=False) if batch_statistics else self._weights
 
     @property
     def fingerprint(self) -> str:
         """Of the weights at construction and of everything else that shapes the answer."""
         settings = (self._input, self._normalize, self._resize, self._precision)
-        return f"{fold(self._weights, type(self._model).__qualname__, *settings):016x}"
+        batch = ("batch statistics",) if self._batch_statistics else ()
+        return f"{fold(self._weights, type(self._model).__qualname__, *settings, *batch):016x}"
 
     def unchanged(self) -> bool:
-        """Whether every parameter and buffer still has the bytes it had at construction."""
-        return state_fingerprint(self._model) == self._weights
+        """Whether every parameter and buffer (with `batch_statistics`: every parameter) has the bytes it had."""
+        return state_fingerprint(self._model, buffers=not self._batch_statistics) == self._kept
 
     def __call__(self, batch: Batch) -> Signals:
         x = map_tensors(_input(batch, self._input, "Frozen teacher"), self._prepare)
@@ -133,10 +146,10 @@ class Frozen:
             self._model.to(memory_format=torch.channels_last)  # the order of the inputs; the values stay
             self._follows = True
         if self._precision is None:
-            return _answer(self._model, x, self._taps)
+            return _answer(self._model, x, self._taps, self._batch_statistics)
         dtype = _PRECISIONS[self._precision]
         with torch.autocast(first.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            return _answer(self._model, x, self._taps)
+            return _answer(self._model, x, self._taps, self._batch_statistics)
 
     @torch.no_grad()
     def _prepare(self, x: Tensor) -> Tensor:
@@ -153,6 +166,8 @@ class Frozen:
 
 class Ensemble:
     """Σ_k w_k z_k of several teachers ("logits"), or log Σ_k w_k softmax(z_k) ("probabilities").
+
+    The answer's ``logits`` are the average chosen; ``mean_logits`` are Σ_k w_k z_k in both cases.
 
     Args:
         teachers: at least one; only their logits are used.
@@ -195,11 +210,34 @@ class Ensemble:
         z = [t(batch)["logits"] for t in self._teachers]
         if len({tuple(t.shape) for t in z}) > 1:
             raise UserError(f"Ensemble: logits of one shape needed, got {[tuple(t.shape) for t in z]}")
+        mean = torch.stack([w * t for w, t in zip(self._weights, z)]).sum(0).detach()
         if self._average == "logits":
-            return Signals(logits=torch.stack([w * t for w, t in zip(self._weights, z)]).sum(0).detach())
+            return Signals(logits=mean, mean_logits=mean)
         logs = torch.stack([t.log_softmax(-1) for t in z])
         w = logs.new_tensor(self._weights).log().view(-1, *[1] * (logs.dim() - 1))
-        return Signals(logits=(logs + w).logsumexp(0).detach())
+        return Signals(logits=(logs + w).logsumexp(0).detach(), mean_logits=mean)
+
+
+class Asked(nn.Module):
+    """A teacher as a network, to be measured like one: what it answers to an input alone, and what that costs.
+
+    Args:
+        teacher: one that reads ``input`` or ``teacher`` of a batch.
+        models: the networks behind it.
+
+    Example:
+        >>> model = nn.Linear(4, 3)
+        >>> Asked(Frozen(model), [model])(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, teacher: Teacher, models: abc.Sequence[nn.Module]):
+        super().__init__()
+        self.teacher, self.models = teacher, nn.ModuleList(models)
+
+    def forward(self, *args: Any, **named: Any) -> Tensor:
+        x = named or args[0]
+        return self.teacher({"input": x, "teacher": x})["logits"]
 
 
 class EMA(nn.Module):
@@ -212,6 +250,8 @@ class EMA(nn.Module):
         student: is copied; may change afterwards.
         decay: d in [0, 1], or a function of the clock.
         taps, input: as for `Frozen`.
+        batch_statistics: batch norm normalises by the batch asked about, as the student does in training; dropout
+            and the like stay in eval mode.
 
     Example:
         >>> student = nn.Linear(1, 1, bias=False)
@@ -230,12 +270,14 @@ class EMA(nn.Module):
         *,
         taps: abc.Sequence[str] = (),
         input: str = "input",
+        batch_statistics: bool = False,
     ):
         super().__init__()
         if not callable(decay) and not 0 <= decay <= 1:
             raise UserError(f"EMA: decay must lie in [0, 1], got {decay}")
         self.model = copying.deepcopy(student).requires_grad_(False)
         self.decay, self._taps, self._input = decay, list(taps), input
+        self._batch_statistics = batch_statistics
         self.eval()
 
     def train(self, mode: bool = True) -> EMA:
@@ -263,7 +305,8 @@ class EMA(nn.Module):
             buffer.copy_(fresh[name])
 
     def forward(self, batch: Batch) -> Signals:
-        return _answer(self.model, _input(batch, self._input, "EMA teacher"), self._taps)
+        x = _input(batch, self._input, "EMA teacher")
+        return _answer(self.model, x, self._taps, self._batch_statistics)
 
 
 class Sequence:

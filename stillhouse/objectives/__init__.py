@@ -1,5 +1,6 @@
 """Objectives: pure functions, one value per sample."""
 
+from stillhouse.objectives.adversarial import discrimination, scale_gradient
 from stillhouse.objectives.ensembles import (
     error_covariance,
     general_weights,
@@ -19,6 +20,7 @@ from stillhouse.objectives.features import (
     overhaul,
     variational,
 )
+from stillhouse.objectives.information import leave_one_out, mutual_information
 from stillhouse.objectives.injection import inject
 from stillhouse.objectives.logits import (
     cross_entropy,
@@ -34,13 +36,22 @@ from stillhouse.objectives.logits import (
     symmetric_kl,
     upcast,
 )
-from stillhouse.objectives.ranking import plackett_luce
+from stillhouse.objectives.ranking import plackett_luce, shortlist
 from stillhouse.objectives.relations import class_activation, class_relation, gram, inter_channel, similarity
-from stillhouse.objectives.structure import cka, contrastive, probabilistic, relative_angle, relative_distance
+from stillhouse.objectives.structure import (
+    cka,
+    contrastive,
+    nt_xent,
+    probabilistic,
+    relative_angle,
+    relative_distance,
+)
+from stillhouse.objectives.targets import beta_draws, ranked_like, smoothed
 from stillhouse.objectives.tokens import token_cross_entropy, token_mean, tokens_per_sequence
 
 __all__ = [
     "attention_transfer",
+    "beta_draws",
     "cka",
     "class_activation",
     "class_relation",
@@ -48,6 +59,7 @@ __all__ = [
     "cosine",
     "cross_entropy",
     "decoupled_kl",
+    "discrimination",
     "dist",
     "error_covariance",
     "flow",
@@ -61,19 +73,26 @@ __all__ = [
     "kdcl_minlogit",
     "kdcl_naive",
     "kl",
+    "leave_one_out",
     "linear_weights",
     "mean_of_others",
     "mse",
+    "mutual_information",
     "negative_mean",
     "neuron_selectivity",
+    "nt_xent",
     "overhaul",
     "pairwise_kl",
     "plackett_luce",
     "probabilistic",
+    "ranked_like",
     "relative_angle",
     "relative_distance",
     "reverse_kl",
+    "scale_gradient",
+    "shortlist",
     "similarity",
+    "smoothed",
     "soft_cross_entropy",
     "standardise",
     "symmetric_kl",

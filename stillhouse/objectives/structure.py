@@ -124,3 +124,30 @@ def contrastive(teacher: Tensor, student: Tensor, T: float = 0.1, detach_teacher
         raise UserError(f"contrastive: widths {t.shape[1]} and {s.shape[1]} differ; put a projector on one of them")
     scores = F.normalize(s, dim=1) @ F.normalize(t, dim=1).T / T
     return F.cross_entropy(scores, torch.arange(len(t), device=t.device), reduction="none")
+
+
+def nt_xent(a: Tensor, b: Tensor, T: float = 0.5) -> Tensor:
+    """½ Σ over both directions of −log exp(⟨a_i, b_i⟩/T) / Σ_{v ≠ a_i} exp(⟨a_i, v⟩/T), unit vectors (SimCLR).
+
+    v runs over the 2n views of the batch but the anchor itself: the other view of the same sample is right, all others
+    are negatives (normalised temperature-scaled cross-entropy, arXiv 2002.05709). No side is detached.
+
+    Args:
+        a, b: (n, d), two views of each sample, n ≥ 2. T: temperature.
+
+    Returns:
+        (n,); log(2n − 1) where all views are alike.
+
+    Raises:
+        UserError: shapes that differ, or a single sample.
+
+    Example:
+        >>> nt_xent(torch.ones(2, 3), torch.ones(2, 3))
+        tensor([1.0986, 1.0986])
+    """
+    if a.shape != b.shape or a.dim() != 2 or len(a) < 2:
+        raise UserError(f"nt_xent: needs two views (n, d) of n >= 2 samples, got {tuple(a.shape)} and {tuple(b.shape)}")
+    n, z = len(a), F.normalize(upcast(torch.cat([a, b])), dim=1)
+    scores = (z @ z.T / T).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), float("-inf"))
+    right = torch.arange(2 * n, device=z.device).roll(n)
+    return F.cross_entropy(scores, right, reduction="none").view(2, n).mean(0)
