@@ -40,7 +40,7 @@ class Options:
     @property
     def own(self) -> bool:
         """Whether the user brought something (`BRINGS`); else the built-in experiment runs."""
-        return any(getattr(self, name) is not None for name in self.BRINGS)
+        return any(getattr(self, name) not in (None, ()) for name in self.BRINGS)
 
     def run(self) -> Run:
         """The run these options describe."""

@@ -1,9 +1,9 @@
-"""Weights that change: schedules over the clock, and weights on the simplex moved by mirror descent."""
+"""Weights that change: schedules over the clock, learning rates by module, and weights on the simplex."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.system import Clock, Schedule
+from stillhouse.taps import tap
 
 # -- schedules: multipliers as functions of the clock
 
@@ -92,6 +93,82 @@ def sigmoid_ramp(epochs: float = 80) -> Schedule:
         return math.exp(-5 * (1 - min(t, epochs) / epochs) ** 2)
 
     return factor
+
+
+def warm_decay(decay: float = 0.999) -> Schedule:
+    """min(1 − 1/(t + 1), decay), t = step + 1: the decay of an EMA that forgets where it began (arXiv 1703.01780).
+
+    Give it to `stillhouse.teachers.EMA`, updated after the step: the first update is the mean of both.
+
+    Example:
+        >>> [round(warm_decay(0.999)(Clock(step=s)), 4) for s in (0, 1, 4999)]
+        [0.5, 0.6667, 0.999]
+    """
+    if not 0 <= decay <= 1:
+        raise UserError(f"warm_decay: decay must lie in [0, 1], got {decay}")
+    return lambda clock: min(1 - 1 / (clock.step + 2), decay)
+
+
+# -- learning rates by module
+
+
+def by_module(
+    model: nn.Module, factors: Mapping[str, float], optimizer: Callable[[Any], torch.optim.Optimizer]
+) -> Callable[[Sequence[Tensor]], torch.optim.Optimizer]:
+    """`optimizer` with the learning rate of some modules' parameters multiplied; the rest keeps it.
+
+    Args:
+        model: whose modules `factors` names. factors: module path → factor; a deeper path goes before the one above it.
+        optimizer: builds the optimiser from parameters or parameter groups, with its ``lr``.
+
+    Raises:
+        UserError: a path that the model does not have.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> made = by_module(net, {"0": 0.1}, partial(torch.optim.SGD, lr=1.0))(list(net.parameters()))
+        >>> [(len(g["params"]), g["lr"]) for g in made.param_groups]
+        [(2, 0.1), (2, 1.0)]
+    """
+    with tap(model, list(factors)):
+        pass  # an unknown path is said here
+    at: dict[int, float] = {}
+    for path in sorted(factors, key=lambda p: p.count(".")):
+        at |= {id(p): factors[path] for p in model.get_submodule(path).parameters()}
+
+    def build(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+        if not factors:
+            return optimizer(params)
+        groups = {f: [p for p in params if at.get(id(p), 1.0) == f] for f in dict.fromkeys([*factors.values(), 1.0])}
+        made = optimizer([{"params": ps} for ps in groups.values() if ps])
+        for group, f in zip(made.param_groups, (f for f, ps in groups.items() if ps), strict=True):
+            group["lr"] *= f
+        return made
+
+    return build
+
+
+def optimal_mix(u: Tensor, v: Tensor, target: Tensor) -> float:
+    """The a for which a·u + (1−a)·v comes closest to `target`: ⟨u − v, y − v⟩ / ‖u − v‖².
+
+    It may lie outside [0, 1], which goes beyond u or v; clip it where that is not wanted. 1 where u and v are equal.
+
+    Args:
+        u, v, target: of one shape, such as predictions (n, q) of two models on held-out samples and their targets.
+
+    Source: least squares; Borup & Andersen 2021 (arXiv 2102.13088) choose label weights by it.
+
+    Example:
+        >>> optimal_mix(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 9.0]))
+        0.5
+    """
+    if not u.shape == v.shape == target.shape:
+        raise UserError(
+            f"optimal_mix: shapes differ: {tuple(u.shape)}, {tuple(v.shape)} and target {tuple(target.shape)}"
+        )
+    between, wanted = (u - v).double(), (target - v).double()
+    size = float((between * between).sum())
+    return float((between * wanted).sum()) / size if size > 0 else 1.0
 
 
 # -- the simplex

@@ -1,0 +1,106 @@
+"""MEAL V2 over live objects: a trained student, trained teachers, images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from stillhouse.data import Batches, Data, prefetch
+from stillhouse.data.cache import SignalCache
+from stillhouse.engine import Run, fit
+from stillhouse.errors import UserError
+from stillhouse.evaluate import classification, count_params, predict
+from stillhouse.family import Family
+from stillhouse.models import ModelSpec
+from stillhouse.outcomes import Member
+from stillhouse.recipes.distill.recipe import Config as Plain
+from stillhouse.recipes.distill.recipe import check_classes, train_teacher
+from stillhouse.recipes.meal_v2.config import Config
+from stillhouse.recipes.meal_v2.system import Meal
+from stillhouse.students.plan import Plan
+from stillhouse.system import Teacher
+from stillhouse.teachers import Cached, Ensemble, Frozen, Normalisation
+
+
+def distill(
+    run: Run,
+    data: Data,
+    student: nn.Module | ModelSpec,
+    teachers: Sequence[nn.Module],
+    cfg: Config | None = None,
+    *,
+    network: nn.Module | None = None,
+    plan: Plan | None = None,
+    normalize: Normalisation | None = None,
+    resize: int | None = None,
+) -> Family:
+    """Fine-tune `student` on the mean answer of `teachers`.
+
+    Args:
+        run: folder, seed, device. data: training and test samples; training labels serve no loss unless cfg says so.
+        student: a trained module (changed in place), or a `ModelSpec` (then it can be loaded from its folder alone).
+        teachers: trained networks with the data's classes in the data's order.
+        cfg: settings.
+        network: the trained student where `student` is only a `ModelSpec`; plan: how it differs from the spec's.
+        normalize, resize: of the teachers' input where it differs from the student's, as in `Frozen`.
+
+    Returns:
+        A family of one, ``student``, with the first teacher as its base. ``before.json`` in the run folder holds the
+        student's test accuracy and NLL before it was fine-tuned.
+
+    Raises:
+        UserError: no teacher, settings or classes that do not fit; said before the first step.
+    """
+    cfg, began, models = cfg or Config(), time.monotonic(), list(teachers)
+    spec = student if isinstance(student, ModelSpec) else None
+    if network is None:
+        network = student.build(seed=run.seed) if isinstance(student, ModelSpec) else student
+    if not models or any(m is network for m in models):
+        raise UserError(f"meal_v2 needs teachers that are not the student itself, got {len(models)}; give a copy")
+    frozen = [Frozen(m, normalize=normalize, resize=resize) for m in models]
+    check_classes(network, frozen, data.train.take(np.arange(min(4, len(data.train)))), data)
+    train_on_labels(run, data, network, models, cfg)
+    run.memo("before", lambda: classification(*predict(network, data.test, device=run.device)))
+    mean = Ensemble([Frozen(m, normalize=normalize, resize=resize) for m in models], average="probabilities")
+    ask: Teacher = kept(run, mean, data, cfg) if cfg.cache >= 0 else mean
+    system = Meal(network, ask, cfg, len(data.classes), run.seed)
+    source = Batches(data.train, cfg.batch // cfg.crops, views=max(0, cfg.cache) // cfg.crops, copies=cfg.crops)
+    fit(run, "fine-tune", system, prefetch(source, run.workers), epochs=cfg.epochs, settings=cfg)
+    for model in (network, *models):
+        model.cpu().eval()
+    cost = {
+        "trained_params": count_params(system),
+        "teacher_params": sum(map(count_params, models)),
+        "steps": max(1, round(cfg.epochs * source.steps_per_epoch)),
+        "seconds": time.monotonic() - began,
+    }
+    members = [Member("student", network, plan, spec=spec)]
+    shape, classes, logs = tuple(data.shape), tuple(data.classes), run.log("fine-tune")
+    return Family(members, shape, classes, models[0], spec, cost, logs=logs, base_name="teacher")
+
+
+def train_on_labels(run: Run, data: Data, student: nn.Module, teachers: Sequence[nn.Module], cfg: Config) -> None:
+    """Trains what has not been trained yet, each in a stage of its own; `Frozen` must be made afterwards."""
+    given = [(f"teacher{k}", m, cfg.teacher_epochs) for k, m in enumerate(teachers)]
+    for name, model, epochs in [*given, ("start", student, cfg.student_epochs)]:
+        if epochs:
+            model.requires_grad_(True)
+            train_teacher(run, name, model, data, Plain(teacher_epochs=epochs, batch=cfg.batch, lr=cfg.label_lr))
+
+
+def kept(run: Run, teacher: Ensemble, data: Data, cfg: Config) -> Teacher:
+    """The teachers' mean answer, computed once for every sample and view, read from the run folder."""
+    who: dict[str, Any] = {"teacher_fingerprint": teacher.fingerprint, "data_fingerprint": data.train.fingerprint}
+    n, classes, folder = len(data.train), len(data.classes), run.folder / "cache"
+    if run.main:
+        made = SignalCache.create(
+            folder, **who, n=n, classes=classes, views=cfg.cache, topk=cfg.topk or None, dtype="float32"
+        )
+        if not made.complete:
+            made.fill(teacher, data.train, seed=run.seed, batch_size=cfg.batch, device=run.device)
+    run.barrier()
+    return Cached(SignalCache.open(folder, **who, seed=run.seed))
