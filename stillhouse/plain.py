@@ -113,7 +113,7 @@ def distill(
     frozen = [Frozen(m, taps=taps, input=read, normalize=normalize, resize=resize) for m in models]
     check_classes(network, frozen, example, data)
     live: Teacher = frozen[0] if len(frozen) == 1 else Ensemble(frozen)
-    ask = kept(run, live, data, cfg) if cfg.cache >= 0 and objectives else live
+    ask = kept(run, live, data, cfg.cache, batch=cfg.batch) if cfg.cache >= 0 and objectives else live
     learner = system(
         network, ask if objectives else None, objectives=objectives, label=cfg.label, example=example,
         seed=run.seed, optimizer=optimizer_of(cfg), lr=schedule(data, cfg, cfg.epochs), clip=cfg.clip or None,
@@ -165,16 +165,21 @@ def check_classes(student: nn.Module, frozen: Sequence[Frozen], example: Any, da
             raise UserError(f"the {who} gives {outputs} logits, but {data.name} has {len(data.classes)} classes")
 
 
-def kept(run: Run, teacher: Any, data: Data, cfg: Plain) -> Teacher:
-    """The teacher's logits, computed once for every sample and view, read from the run folder."""
-    who = {"teacher_fingerprint": teacher.fingerprint, "data_fingerprint": data.train.fingerprint}
+def kept(run: Run, teacher: Any, data: Data, views: int, *, batch: int = 128, topk: int | None = None) -> Teacher:
+    """The teacher's logits, computed once for every sample and view, read from the run folder.
+
+    Args:
+        teacher: with a fingerprint. views: augmented views of every sample; 0 takes the plain one.
+        batch: samples per question. topk: keep only so many answers of each.
+    """
+    who: dict[str, Any] = {"teacher_fingerprint": teacher.fingerprint, "data_fingerprint": data.train.fingerprint}
     folder = run.folder / "cache"
     if run.main:
         made = SignalCache.create(
-            folder, **who, n=len(data.train), classes=len(data.classes), views=cfg.cache, dtype="float32"
+            folder, n=len(data.train), classes=len(data.classes), views=views, topk=topk, dtype="float32", **who
         )
         if not made.complete:
-            made.fill(teacher, data.train, seed=run.seed, batch_size=cfg.batch, device=run.device)
+            made.fill(teacher, data.train, seed=run.seed, batch_size=batch, device=run.device)
     run.barrier()
     return Cached(SignalCache.open(folder, **who, seed=run.seed))
 

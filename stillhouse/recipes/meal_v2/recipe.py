@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from torch import nn
 
 from stillhouse.data import Batches, Data, prefetch
-from stillhouse.data.cache import SignalCache
 from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import classification, count_params, predict
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec
 from stillhouse.outcomes import Member
-from stillhouse.recipes.distill.recipe import Config as Plain
-from stillhouse.recipes.distill.recipe import check_classes, train_teacher
+from stillhouse.plain import Plain, check_classes, kept, train_teacher
 from stillhouse.recipes.meal_v2.config import Config
 from stillhouse.recipes.meal_v2.system import Meal
 from stillhouse.students.plan import Plan
 from stillhouse.system import Teacher
-from stillhouse.teachers import Cached, Ensemble, Frozen, Normalisation
+from stillhouse.teachers import Ensemble, Frozen, Normalisation
 
 
 def distill(
@@ -66,7 +63,9 @@ def distill(
     train_on_labels(run, data, network, models, cfg)
     run.memo("before", lambda: classification(*predict(network, data.test, device=run.device)))
     mean = Ensemble([Frozen(m, normalize=normalize, resize=resize) for m in models], average="probabilities")
-    ask: Teacher = kept(run, mean, data, cfg) if cfg.cache >= 0 else mean
+    ask: Teacher = mean
+    if cfg.cache >= 0:
+        ask = kept(run, mean, data, cfg.cache, batch=cfg.batch, topk=cfg.topk or None)
     system = Meal(network, ask, cfg, len(data.classes), run.seed)
     source = Batches(data.train, cfg.batch // cfg.crops, views=max(0, cfg.cache) // cfg.crops, copies=cfg.crops)
     fit(run, "fine-tune", system, prefetch(source, run.workers), epochs=cfg.epochs, settings=cfg)
@@ -90,17 +89,3 @@ def train_on_labels(run: Run, data: Data, student: nn.Module, teachers: Sequence
         if epochs:
             model.requires_grad_(True)
             train_teacher(run, name, model, data, Plain(teacher_epochs=epochs, batch=cfg.batch, lr=cfg.label_lr))
-
-
-def kept(run: Run, teacher: Ensemble, data: Data, cfg: Config) -> Teacher:
-    """The teachers' mean answer, computed once for every sample and view, read from the run folder."""
-    who: dict[str, Any] = {"teacher_fingerprint": teacher.fingerprint, "data_fingerprint": data.train.fingerprint}
-    n, classes, folder = len(data.train), len(data.classes), run.folder / "cache"
-    if run.main:
-        made = SignalCache.create(
-            folder, **who, n=n, classes=classes, views=cfg.cache, topk=cfg.topk or None, dtype="float32"
-        )
-        if not made.complete:
-            made.fill(teacher, data.train, seed=run.seed, batch_size=cfg.batch, device=run.device)
-    run.barrier()
-    return Cached(SignalCache.open(folder, **who, seed=run.seed))

@@ -25,8 +25,7 @@ from stillhouse.evaluate import classification, environment, predict
 from stillhouse.family import Family
 from stillhouse.files import read_json
 from stillhouse.models import ModelSpec
-from stillhouse.recipes.distill.recipe import Config as Plain
-from stillhouse.recipes.distill.recipe import train_teacher
+from stillhouse.plain import Plain, train_teacher
 from stillhouse.recipes.ssld.config import Config
 from stillhouse.recipes.ssld.recipe import distill
 from stillhouse.report import Claim, Curve, Report, Table

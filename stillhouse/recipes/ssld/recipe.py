@@ -19,8 +19,7 @@ from stillhouse.evaluate import count_params
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec
 from stillhouse.outcomes import Member
-from stillhouse.recipes.distill.recipe import Config as Plain
-from stillhouse.recipes.distill.recipe import check_classes, train_teacher
+from stillhouse.plain import Plain, check_classes, train_teacher
 from stillhouse.recipes.ssld.config import Config
 from stillhouse.system import Batch, Clock, Terms
 from stillhouse.teachers import Frozen, Normalisation
