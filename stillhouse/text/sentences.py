@@ -75,8 +75,8 @@ def open_rows(spec: str) -> Parts:
 
     Args:
         spec: ``sst2`` (in $STILLHOUSE_DATA; its dev part is the test part); ``FILE.jsonl[.gz]``; a folder with
-            ``train.jsonl`` and perhaps ``test.jsonl`` and ``valid.jsonl``; ``hf:NAME?text=COLUMN[,COLUMN]&label=COLUMN``
-            of Hugging Face datasets.
+            ``train.jsonl`` and perhaps ``test.jsonl`` and ``valid.jsonl``; of Hugging Face datasets
+            ``hf:NAME?text=COLUMN[,COLUMN]&label=COLUMN``.
 
     Raises:
         UserError: it is none of these, cannot be read, or holds something else.
