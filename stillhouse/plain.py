@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from stillhouse.comparisons import ON_LOGITS, Objective, taps_of
-from stillhouse.data import Batches, Data, prefetch
+from stillhouse.data import Batches, Data, Samples, prefetch
 from stillhouse.data.cache import SignalCache
 from stillhouse.distill import Distill
 from stillhouse.engine import Run, fit
@@ -165,21 +165,33 @@ def check_classes(student: nn.Module, frozen: Sequence[Frozen], example: Any, da
             raise UserError(f"the {who} gives {outputs} logits, but {data.name} has {len(data.classes)} classes")
 
 
-def kept(run: Run, teacher: Any, data: Data, views: int, *, batch: int = 128, topk: int | None = None) -> Teacher:
+def kept(
+    run: Run,
+    teacher: Any,
+    data: Data,
+    views: int,
+    *,
+    batch: int = 128,
+    topk: int | None = None,
+    samples: Samples | None = None,
+    outputs: int | None = None,
+) -> Teacher:
     """The teacher's logits, computed once for every sample and view, read from the run folder.
 
     Args:
         teacher: with a fingerprint. views: augmented views of every sample; 0 takes the plain one.
         batch: samples per question. topk: keep only so many answers of each.
+        samples: those asked about; None takes the training part. outputs: answers of each, where not one per class.
     """
-    who: dict[str, Any] = {"teacher_fingerprint": teacher.fingerprint, "data_fingerprint": data.train.fingerprint}
+    train, classes = data.train if samples is None else samples, outputs or len(data.classes)
+    who: dict[str, Any] = {"teacher_fingerprint": teacher.fingerprint, "data_fingerprint": train.fingerprint}
     folder = run.folder / "cache"
     if run.main:
         made = SignalCache.create(
-            folder, n=len(data.train), classes=len(data.classes), views=views, topk=topk, dtype="float32", **who
-        )
+            folder, n=len(train), classes=classes, views=views, topk=topk, dtype="float32", **who
+        )  # fmt: skip
         if not made.complete:
-            made.fill(teacher, data.train, seed=run.seed, batch_size=batch, device=run.device)
+            made.fill(teacher, train, seed=run.seed, batch_size=batch, device=run.device)
     run.barrier()
     return Cached(SignalCache.open(folder, **who, seed=run.seed))
 

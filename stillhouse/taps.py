@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluate import call, evaluating, logits_of
+from stillhouse.system import map_tensors
 
 
 class Features(dict[str, Tensor]):
@@ -177,8 +178,9 @@ def head(model: nn.Module, inputs: Any) -> str:
         '2'
     """
     linear = [path for path, m in model.named_modules() if path and isinstance(m, nn.Linear)]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.no_grad(), evaluating(model), tap(model, linear) as seen:
-        logits = logits_of(call(model, inputs))
+        logits = logits_of(call(model, map_tensors(inputs, lambda t: t.to(device))))
     same = [path for path, z in seen.items() if z.shape == logits.shape and torch.equal(z, logits)]
     if not same:
         raise UserError(

@@ -58,13 +58,24 @@ class Grouped(nn.Module):
         """Class logits (n, C) of s (n, C·S)."""
         return scores.unflatten(-1, (self.classes, self.subclasses)).logsumexp(-1)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.group(logits_of(self.body(*args, **kwargs)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group(logits_of(self.body(x)))
 
 
-def grouped(classes: int, body: Mapping[str, Any], head_at: str, subclasses: int) -> Grouped:
+class GroupedText(Grouped):
+    """`Grouped` for classifiers of token ids; the names are those that exporters and tokenizers know."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        return self.group(self.scores({k: v for k, v in named.items() if v is not None}))
+
+
+def grouped(classes: int, body: Mapping[str, Any], head_at: str, subclasses: int, text: bool = False) -> Grouped:
     """A `Grouped` around the network that `body` describes; what its ``plan.json`` names."""
-    return Grouped(ModelSpec.from_json(body).build(), head_at, classes, subclasses)
+    kind = GroupedText if text else Grouped
+    return kind(ModelSpec.from_json(body).build(), head_at, classes, subclasses)
 
 
 def grouped_head(
@@ -83,8 +94,9 @@ def grouped_head(
         UserError: the student does not end in a linear layer.
     """
     at = head(student, inputs)
-    made = Grouped(student, at, classes, subclasses, seed)
+    text = isinstance(inputs, Mapping)
+    made = (GroupedText if text else Grouped)(student, at, classes, subclasses, seed)
     if spec is not None:
-        how = {"body": spec.to_json(), "head_at": at, "subclasses": subclasses}
+        how = {"body": spec.to_json(), "head_at": at, "subclasses": subclasses, "text": text}
         spec = ModelSpec("stillhouse.students.grouped:grouped", classes, spec.shape, options=how)
     return made, spec
