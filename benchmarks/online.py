@@ -196,8 +196,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps of every arm (default: by data set)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--tune", action="store_true", help="first choose α, its ramp, η and ρ per arm, with seed 100")
-    for name, tried in TRIED.items():
-        parser.add_argument(f"--{name}", nargs="+", type=float, default=tried, help="values to try with --tune")
+    for flag in ("--alphas", "--ramps", "--etas", "--floors"):
+        parser.add_argument(flag, nargs="+", type=float, default=TRIED[flag[2:]], help="values to try with --tune")
     parser.add_argument("--share", choices=("tree", "none"), help="what peers share (one needs tree)")
     parser.add_argument(
         "--set", nargs="*", type=setting, default=[], metavar="KEY=VALUE", help="Config fields, all arms"

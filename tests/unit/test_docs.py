@@ -134,7 +134,8 @@ def test_code_runs(page: Path, workplace: Path, capsys: pytest.CaptureFixture[st
 @pages
 def test_commands_parse(page: Path) -> None:
     shell = [b.text for b in blocks(page) if b.kind in ("bash", "sh") and b.mark != "run"]
-    indented = "\n".join(line.strip() for line in page.read_text().splitlines() if line.startswith("    stillhouse "))
+    text = BLOCK.sub(lambda m: "" if (m["mark"] or "").startswith("file: ") else m[0], page.read_text())
+    indented = "\n".join(line.strip() for line in text.splitlines() if line.startswith("    stillhouse "))
     for argv in commands("\n".join([*shell, indented])):
         argv = ["run", *argv] if argv[:1] == ["distill"] else argv
         if argv[:1] == ["run"] and "--help" not in argv:
