@@ -89,19 +89,27 @@ def in_memory(data: Data) -> tuple[Tensor, Tensor]:
     return whole["input"], whole["label"]
 
 
-def by_fit(args: Args, data: Data, fast: bool = False) -> Stepper:
-    """The same job through `fit`; `fast` with compiled networks in bfloat16, channels last."""
+def by_fit(args: Args, data: Data, fast: bool = False, layer: str = "") -> Stepper:
+    """The same job through `fit`; `fast` with compiled networks in bfloat16, channels last.
+
+    `layer` adds the mean squared difference of that module's output, which has one shape in both networks.
+    """
     teacher = network(args.teacher, args, 1)
     options: dict[str, Any] = {"device": args.device}
     if fast:
         teacher.to(memory_format=torch.channels_last).compile()
         options |= {"compile": True, "precision": "bf16"}
-    system = Distill(network(args.student, args), Frozen(teacher), alpha=ALPHA, T=T, optimizer=SGD)
+    how: dict[str, Any] = {"alpha": ALPHA, "T": T}
+    if layer:
+        example = {k: v.to(args.device) for k, v in data.train.take(np.arange(4)).items()}
+        how = {"objectives": [f"kd:{ALPHA}?T={T}", f"feature:{layer}:1"], "label": 1 - ALPHA, "example": example}
+    asked = Frozen(teacher, taps=[layer] if layer else [])
+    system = Distill(network(args.student, args), asked, optimizer=SGD, **how)
     return Stepper(system, Batches(data.train, args.batch, augment=False), args.block, **options)
 
 
-def by_torchdistill(args: Args, data: Data) -> Callable[[], None]:
-    """The same job through torchdistill's box, as its example scripts run it."""
+def by_torchdistill(args: Args, data: Data, layer: str = "") -> Callable[[], None]:
+    """The same job through torchdistill's box, as its example scripts run it; `layer` as for `by_fit`."""
     from torchdistill.core.distillation import DistillationBox
 
     loader = {
@@ -110,13 +118,20 @@ def by_torchdistill(args: Args, data: Data) -> Callable[[], None]:
     }  # fmt: skip
     kd = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".",
           "teacher_module_io": "output", "temperature": T, "alpha": 1 - ALPHA, "reduction": "batchmean"}  # fmt: skip
+    terms: dict[str, Any] = {"kd": {"criterion": {"key": "KDLoss", "kwargs": kd}, "weight": 1.0}}
+    hook: dict[str, Any] = {}
+    if layer:
+        hook = {"forward_hook": {"input": [], "output": [layer]}}
+        ends = {side: {"is_from_teacher": side == "target", "module_path": layer, "io": "output"}
+                for side in ("input", "target")}  # fmt: skip
+        wrapper = {"key": "SimpleLossWrapper", "kwargs": ends}
+        terms["feature"] = {"criterion": {"key": "MSELoss", "kwargs": {}}, "criterion_wrapper": wrapper, "weight": 1.0}
     config = {
         "num_epochs": 1, "train_data_loader": loader,
-        "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
-        "student": {"forward_proc": "forward_batch_only"},
+        "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False, **hook},
+        "student": {"forward_proc": "forward_batch_only", **hook},
         "optimizer": {"key": "SGD", "kwargs": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}},
-        "criterion": {"key": "WeightedSumLoss", "kwargs": {
-            "sub_terms": {"kd": {"criterion": {"key": "KDLoss", "kwargs": kd}, "weight": 1.0}}}},
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
     }  # fmt: skip
     device = torch.device(args.device)
     teacher, student = network(args.teacher, args, 1), network(args.student, args)

@@ -37,7 +37,19 @@ _HOME = {
     "stillhouse.teachers": ("EMA", "Cached", "Ensemble", "Frozen"),
     "stillhouse.distill": ("Distill",),
     "stillhouse.evaluate": ("agreement", "classification", "count_macs", "count_params", "latency", "predict"),
-    "stillhouse.report": ("Claim", "Curve", "Image", "Matrix", "Report", "Student", "Table", "compare"),
+    "stillhouse.score": ("distillation_score", "paired_bootstrap"),
+    "stillhouse.report": (
+        "Claim",
+        "Curve",
+        "DistillationReport",
+        "Image",
+        "Matrix",
+        "Rated",
+        "Report",
+        "Student",
+        "Table",
+        "compare",
+    ),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _MODULES = (

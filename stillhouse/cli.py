@@ -1,4 +1,4 @@
-"""The command: list, show, run, resume, report, compare, export.
+"""The command: list, show, run, resume, report, compare, recommend, export.
 
 Exit codes: 0 success, 2 a mistake in what was asked (one line says which), 130 interrupted (and resumable).
 """
@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -110,9 +110,27 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path, help="the run's --out folder")
     sub = command("report", do_report, "print a run's report and draw its page again from report.json")
     sub.add_argument("folder", type=Path, help="the run's --out folder")
+    sub.add_argument("--alpha", type=float, help="weight of size in the distillation score (default: as rated before)")
     sub = command("compare", do_compare, "compare the reports of several runs side by side")
     sub.add_argument("folders", type=Path, nargs="+", help="two or more runs' --out folders")
+    sub.add_argument("--alpha", type=float, default=0.5, help="weight of size in the distillation score (default: 0.5)")
     sub.add_argument("--json", action="store_true", help="the comparison as JSON")
+    sub = command("recommend", do_recommend, "say which pipelines to try on new data, learned from recorded runs")
+    sub.epilog = (
+        "Record runs of several pipelines on two tasks or more (stillhouse distill --data … --objective … --out "
+        "runs/a1), then: stillhouse recommend runs --data NAME --teacher … --student …. Every run with the scores of "
+        "teacher and student is read; the commands come best first, and how well such advice did on tasks left out "
+        "stands above them."
+    )
+    sub.add_argument("folders", type=Path, nargs="+", help="--out folders of finished runs, or folders that hold such")
+    sub.add_argument("--data", required=True, help="the new data, as of: stillhouse distill --data")
+    sub.add_argument("--student", "--model", dest="model", help="the student to be trained, as of --student")
+    sub.add_argument("--teacher", help="the teacher: RUN/students/NAME, whose report is read, or a name")
+    sub.add_argument("--teacher-score", type=float, help="its accuracy on the new data, where no report has it")
+    sub.add_argument("--limit", type=int, help="use only this many training samples")
+    sub.add_argument("--learner", choices=["forest", "boosting"], default="forest", help="(default: forest)")
+    sub.add_argument("--top", type=int, default=5, help="how many pipelines (default: 5)")
+    sub.add_argument("--json", action="store_true", help="the advice as JSON")
     sub = command("export", do_export, "export students to a deployable file and check it against PyTorch")
     sub.add_argument("folder", type=Path, help="a run's --out folder, or one student's folder in it")
     sub.add_argument("--to", required=True, choices=["onnx", "torch-export", "safetensors"], help="file format")
@@ -318,10 +336,12 @@ def one_line(box: str) -> str:
 
 def settings(options: Options, config: Any) -> dict[str, Any]:
     """What a run's result depends on, as JSON."""
+    from stillhouse.files import strict
+
     values = {**dataclasses.asdict(options), **dataclasses.asdict(config)}
     for name in ("out", "quiet", "track"):
         values.pop(name)
-    return json.loads(json.dumps(values, default=str))
+    return strict(json.loads(json.dumps(values, default=str)))  # as run.json will have them: inf is null there
 
 
 def claim_folder(options: Options, config: Any, system: str, flags: Sequence[str]) -> None:
@@ -367,9 +387,9 @@ def claim_folder(options: Options, config: Any, system: str, flags: Sequence[str
 def do_report(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from stillhouse.report import Report, summary, write
+    from stillhouse.report import Report, rate, summary, write
 
-    report = Report.read(args.folder)
+    report = rate(Report.read(args.folder), args.alpha)
     page = write(report, args.folder)
     Console().print(summary(report))
     print(f"report: {page.resolve()}")
@@ -378,15 +398,50 @@ def do_report(args: argparse.Namespace) -> None:
 def do_compare(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from stillhouse.report import Report, compare
+    from stillhouse.report import Report, compare, read_arms
 
     if len(args.folders) < 2:
         raise UserError("compare needs two or more run folders")
-    shown, facts = compare([Report.read(f) for f in args.folders])
+    arms = [read_arms(f) for f in args.folders]
+    reports, labels = [Report.read(f) for f in args.folders], [str(f) for f in args.folders]
+    shown, facts = compare(reports, labels, alpha=args.alpha, arms=arms)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
         Console().print(shown)
+
+
+def do_recommend(args: argparse.Namespace) -> None:
+    from stillhouse.files import strict
+    from stillhouse.options import Options as Every
+    from stillhouse.recommend import advise, enough, new_task, read_runs
+
+    rows, unused = read_runs(args.folders, configured)
+    enough(rows)  # before data are loaded
+    about = {"data": args.data, "model": args.model, "teacher": args.teacher, "limit": args.limit}
+    name, facts = new_task(**about, score=args.teacher_score)
+
+    def flags(system: str) -> list[str]:
+        takes = {f.name for f in dataclasses.fields(getattr(recipes.experiment(system), "OPTIONS", Every))}
+        given = {k: v for k, v in about.items() if v is not None and k in takes}
+        return [word for k, v in given.items() for word in (f"--{k}", str(v))]
+
+    trained = args.teacher and (Path(args.teacher) / "plan.json").exists()
+    how = {"top": args.top, "kind": args.learner, "without": ("teacher_epochs",) if trained else ()}
+    advice = advise(rows, facts, flags, configured, name=name, **how)
+    advice.notes += [f"Not used: {count} × {reason}." for reason, count in unused.items()]
+    print(json.dumps(strict(advice.facts), indent=2) if args.json else "\n".join(advice.lines()))
+
+
+def configured(system: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """All settings of a system's Config with these ones, as run.json has them; None where it refuses them."""
+    try:
+        config = recipes.find(system).Config
+        fields = {f.name for f in dataclasses.fields(config)}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in fields}
+        return json.loads(json.dumps(dataclasses.asdict(config(**given)), default=str))
+    except (UserError, TypeError, ValueError):
+        return None
 
 
 def do_export(args: argparse.Namespace) -> None:

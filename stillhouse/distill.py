@@ -144,7 +144,8 @@ class Distill(System):
             assert said is not None
             name = o.name if o.name not in terms else f"{o.name} {k}"
             terms[name] = o.at(clock) * self._compare(k, o, z, seen, said, batch).mean()
-        correct = (z.detach().argmax(-1) == batch["label"]).float().mean()
+        y = batch["label"] if batch["label"].dim() == 1 else batch["label"].argmax(-1)  # labels may be mixed
+        correct = (z.detach().argmax(-1) == y).float().mean()
         return Terms(**terms).note(accuracy=correct)
 
     def _compare(self, k: int, o: Objective, z: Tensor, seen: Any, said: Signals, batch: Batch) -> Tensor:

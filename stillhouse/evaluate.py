@@ -1,11 +1,8 @@
-"""How good, how big, how fast: accuracy, NLL, calibration, agreement, size, MACs, latency, spread, Pareto."""
+"""How good, how big, how fast: accuracy, NLL, calibration, agreement, fidelity, size, MACs, latency, spread."""
 
 from __future__ import annotations
 
 import math
-import os
-import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
+from stillhouse.machine import environment as environment
+from stillhouse.score import pareto as pareto
 from stillhouse.system import map_tensors, walk
 
 
@@ -93,7 +92,7 @@ def _what(output: Any) -> str:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, samples: Any, *, batch_size: int = 512, device: str | torch.device = "cpu"
+    model: nn.Module, samples: Any, *, batch_size: int = 512, device: str | torch.device = "cpu", read: str = "input"
 ) -> tuple[Tensor, Tensor]:
     """Logits of the model on every sample, in order and without augmentation.
 
@@ -102,6 +101,7 @@ def predict(
         samples: has ``__len__``, ``labels`` and ``take(ids, view=None) -> {"input", "label", "id"}``.
         batch_size: samples per forward pass.
         device: where to run.
+        read: what of a batch the model is given.
 
     Returns:
         logits (N, C) float32 and labels (N,) int64, both on the CPU.
@@ -116,7 +116,7 @@ def predict(
     with evaluating(model):
         for start in range(0, len(samples), batch_size):
             batch = samples.take(np.arange(start, min(start + batch_size, len(samples))), view=None)
-            inputs = map_tensors(batch["input"], lambda t: t.to(device, non_blocking=True))
+            inputs = map_tensors(batch[read], lambda t: t.to(device, non_blocking=True))
             out = logits_of(call(model, inputs))
             if out.dim() != 2 or len(out) != len(batch["label"]):
                 raise UserError(
@@ -190,6 +190,24 @@ def agreement(logits: Sequence[Tensor]) -> Tensor:
     return (top[:, None] == top[None]).double().mean(2)
 
 
+def fidelity(teacher: Tensor, student: Tensor) -> dict[str, float]:
+    """How closely a student says what its teacher says; two students of one accuracy can differ in it.
+
+    ``teacher_agreement``: fraction of samples with equal top-1; ``teacher_kl``: mean KL(softmax(t) ‖ softmax(z)), nats.
+
+    Args:
+        teacher, student: logits (N, C) on the same samples in the same order; computed in float64.
+
+    Example:
+        >>> fidelity(torch.zeros(2, 3), torch.zeros(2, 3))
+        {'teacher_agreement': 1.0, 'teacher_kl': 0.0}
+    """
+    t, z = (x.detach().double().cpu() for x in _same([teacher, student]))
+    kl = nn.functional.kl_div(z.log_softmax(1), t.log_softmax(1), reduction="none", log_target=True).sum(1)
+    same = t.argmax(1) == z.argmax(1)
+    return {"teacher_agreement": same.double().mean().item(), "teacher_kl": kl.mean().item()}
+
+
 def diversity(logits: Sequence[Tensor]) -> float:
     """Mean over pairs of models and over samples of ‖softmax(z_i) − softmax(z_j)‖₂, in [0, √2].
 
@@ -213,6 +231,36 @@ def _same(logits: Sequence[Tensor]) -> Sequence[Tensor]:
 def count_params(model: nn.Module) -> int:
     """Number of parameters; one that is used in several places counts once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes that the model's weights take: what sizes are compared in where some weights are quantised.
+
+    Parameters and persistent buffers (where quantised weights often lie), tied ones once, at the bits they are held in.
+    Running statistics of normalisation layers do not count; zeros do, until the network is sliced.
+
+    Example:
+        >>> count_bytes(nn.Sequential(nn.Linear(10, 4), nn.BatchNorm1d(4)))
+        208
+    """
+    kept: dict[str, Any] = {**model.state_dict(keep_vars=True), **dict(model.named_parameters())}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    held: dict[Any, int] = {}
+    for name, value in kept.items():
+        if isinstance(value, Tensor) and not name.endswith(statistics):
+            for t in _held(value):
+                where = id(t) if t.is_meta else (t.device, t.data_ptr())
+                held[where] = max(held.get(where, 0), t.numel() * t.element_size())
+    return sum(held.values())
+
+
+def _held(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors in a tensor: packed subclasses hold several."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _held(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 @torch.no_grad()
@@ -325,57 +373,3 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         "max": float(x.max()),
         "n": int(x.size),
     }
-
-
-def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
-    """Which (cost, quality) points no other point beats: lower cost is better, higher quality is better.
-
-    A point is beaten when another is at least as good in both and better in one; equal points stay together.
-    Points with a missing or non-finite number are never on the front.
-
-    Example:
-        >>> pareto([(1, 0.5), (2, 0.9), (3, 0.8)])
-        [True, True, False]
-    """
-    known = [
-        (float(c), float(q)) if c is not None and q is not None and math.isfinite(c) and math.isfinite(q) else None
-        for c, q in points
-    ]
-    others = [p for p in known if p is not None]
-    return [p is not None and not any(c <= p[0] and q >= p[1] and (c, q) != p for c, q in others) for p in known]
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers were measured on: versions, platform, processor, threads, devices."""
-    from importlib import metadata
-
-    def version(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "unknown"
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "stillhouse": version("stillhouse"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "devices": gpus or ["cpu"],
-    }
-
-
-def _cpu_name() -> str:
-    if sys.platform == "linux":
-        try:
-            with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    if line.lower().startswith("model name"):
-                        return line.split(":", 1)[1].strip()
-        except OSError:
-            pass
-    return platform.processor() or platform.machine()

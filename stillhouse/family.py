@@ -131,7 +131,7 @@ class Family(Members):
                 found["importance"] = m.importance
             found.update({f"accuracy_{k}": classification(a[i], b)["accuracy"] for k, (a, b) in extra.items()})
             rows.append(Student(m.name, f"students/{m.name}", params, macs, speed.median_ms, found))
-            _compared(rows[-1], m.model, z[i], y, data.test)
+            _compared(rows[-1], m.weight_bytes, z[i], y, data.test)
         if self.base_name:
             read = "input" if self.base_inputs is None else "teacher"
             t, _ = predict(self.base, data.test, device=device, read=read)
@@ -140,8 +140,8 @@ class Family(Members):
             for row, own in zip(rows, z, strict=True):
                 row.metrics.update(fidelity(t, own))
             rows.insert(0, Student(self.base_name, None, base_params, base_macs, base_ms, known, role="base"))
-            _compared(rows[0], self.base, t, y, data.test)
-        metrics: dict[str, Any] = {"base_params": base_params, "base_macs": base_macs}
+            _compared(rows[0], count_bytes(self.base), t, y, data.test)
+        metrics: dict[str, Any] = {"base_params": base_params, "base_macs": base_macs, "task": data.facts}
         if len(self) == 1:
             return rows, {**metrics, "accuracy": rows[-1].metrics["accuracy"]}, []
         both = classification(self.ensemble(z), y)
@@ -157,9 +157,9 @@ class Family(Members):
         return rows, metrics, [Matrix("Agreement between peers", [m.name for m in self.members], agreement(z).tolist())]
 
 
-def _compared(row: Student, model: nn.Module, z: Tensor, y: Tensor, samples: Samples) -> None:
+def _compared(row: Student, weight_bytes: int, z: Tensor, y: Tensor, samples: Samples) -> None:
     """Adds what comparisons with other models need: bytes, a constant answer's accuracy, which samples were right."""
-    row.metrics.update(weight_bytes=count_bytes(model), chance=float(y.bincount().max()) / len(y))
+    row.metrics.update(weight_bytes=weight_bytes, chance=float(y.bincount().max()) / len(y))
     right = (z.argmax(1) == y) & ~z.isnan().any(1)
     row.right = {"test": samples.fingerprint, "n": len(y), "bits": pack(right.tolist())}
 

@@ -50,6 +50,11 @@ class Member:
     importance: float = 1.0
     spec: ModelSpec | None = None
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights as they are stored: `evaluate.count_bytes`, packed ones by their codes."""
+        return count_bytes(self.model) - (self.plan.saved_bytes(self.model) if self.plan else 0)
+
 
 class Members:
     """What outcomes made of models share: access by name, saving, and the rows of a report."""
@@ -84,7 +89,7 @@ class Members:
         """The tokenizer, and the configuration with which ``from_pretrained`` of transformers reads the folder too."""
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(home))
-        if type(model).__module__.startswith("transformers."):
+        if type(model).__module__.startswith("transformers.") and _as_configured(model):
             config = model.config.to_dict() | {"architectures": [type(model).__name__]}
             text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
             atomic_write(inside(home, "config.json"), text.encode())
@@ -133,7 +138,7 @@ class Models(Members):
             path, speed = Path(folder) / "students" / m.name, latency(m.model, self.inputs)
             measured = {
                 "bytes": (path / WEIGHTS).stat().st_size,
-                "weight_bytes": count_bytes(m.model),
+                "weight_bytes": m.weight_bytes,
                 "latency_p10": speed.p10_ms,
                 "latency_p90": speed.p90_ms,
                 "threads": speed.threads,
@@ -141,6 +146,14 @@ class Models(Members):
             cost = (count_params(m.model), count_macs(m.model, self.inputs), speed.median_ms)
             rows.append(Student(m.name, f"students/{m.name}", *cost, {**metrics.get(m.name, {}), **measured}))
         return rows
+
+
+def _as_configured(model: Any) -> bool:
+    """Whether a model of transformers has the tensors that its configuration says: no thin pairs, no codes."""
+    with torch.device("meta"):
+        plain = type(model)(model.config).state_dict()
+    own = model.state_dict()
+    return own.keys() == plain.keys() and all(own[k].shape == plain[k].shape for k in own)
 
 
 def describe(inputs: Any) -> Any:

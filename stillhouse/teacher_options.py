@@ -129,6 +129,8 @@ def filled(model: nn.Module, path: Path) -> nn.Module:
 
     tensors, _ = read_weights(path)
     own: dict[str, Any] = model.state_dict()
+    # Batch norms count their batches since PyTorch 0.4.1; older files lack the counters, which evaluation never reads.
+    tensors = {k: v for k, v in own.items() if k.endswith("num_batches_tracked") and k not in tensors} | tensors
     for name in [*own, *tensors]:
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
             shapes = [tuple(d[name].shape) if name in d else "nothing" for d in (own, tensors)]

@@ -9,8 +9,9 @@ from typing import Any
 
 from stillhouse.evaluate import spread
 from stillhouse.progress import Progress
-from stillhouse.report import Table
+from stillhouse.report import Claim, Table
 from stillhouse.run import Run
+from stillhouse.score import Interval, paired_bootstrap
 
 Arm = Callable[[Run], Mapping[str, Any]]
 Results = dict[str, list[dict[str, Any]]]
@@ -50,6 +51,30 @@ def slug(name: str) -> str:
 def mean(results: Sequence[Mapping[str, Any]], key: str) -> float:
     """Mean over seeds of one number of an arm."""
     return sum(float(r[key]) for r in results) / len(results)
+
+
+def difference(
+    a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], key: str | tuple[str, str], scale: float = 1.0
+) -> Interval:
+    """Mean over seeds of scale·(a − b), paired by seed, with the bootstrap interval over the seeds.
+
+    Args:
+        a, b: results of two arms, in the order of the seeds.
+        key: of the number in both; two keys are that of `a` and that of `b`.
+
+    Example:
+        >>> difference([{"x": 0.9}, {"x": 0.8}], [{"x": 0.7}, {"x": 0.6}], "x", 100.0)
+        Interval(value=20.0, low=20.0, high=20.0)
+    """
+    one, two = (key, key) if isinstance(key, str) else key
+    pairs = [scale * (float(x[one]) - float(y[two])) for x, y in zip(a, b, strict=True)]
+    return paired_bootstrap(lambda gain: gain, [round(p, 12) for p in pairs])
+
+
+def claim(text: str, found: Interval, threshold: float, seeds: Sequence[int]) -> Claim:
+    """The claim that a difference is at least `threshold`, with its interval where there are several seeds."""
+    ends = [found.low, found.high] if len(seeds) > 1 else None
+    return Claim(text, found.value >= threshold, found.value, threshold, list(seeds), ends)
 
 
 def table(

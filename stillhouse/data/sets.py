@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,6 +57,13 @@ class Data:
     @property
     def fingerprint(self) -> str:
         return digest("data", *(f"{k}:{v.fingerprint}" for k, v in self.parts.items()))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What kind of task it is, as reports keep it: name, samples, classes, a constant answer's accuracy, input."""
+        share = float(np.bincount(self.train.labels).max()) / len(self.train)
+        sizes = {"train": len(self.train), "test": len(self.test), "classes": len(self.classes), "chance": share}
+        return {"data": self.name, **sizes, "inputs": math.prod(self.shape), "text": hasattr(self.train, "tokenizer")}
 
     def __post_init__(self) -> None:
         for name, part in self.parts.items():

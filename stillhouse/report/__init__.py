@@ -1,7 +1,8 @@
 """What a run found, in one form for every system: report.json, report.html, a table for the terminal.
 
-`parts` is the data; `text` says it in a terminal and `html` on a page, with `plots` and `style`; `units` writes
-numbers as people read them; `pictures` draws samples. Imports go that way only, so a report can be read without
+`parts` is the data; `rating` puts students beside their teacher; `text` says a report in a terminal and `html` on a
+page, with `plots` and `style`; `versus` compares runs; `units` writes numbers as people read them; `pictures` draws
+samples. Imports go that way only, so a report can be read without
 drawing it.
 """
 
@@ -10,6 +11,24 @@ from __future__ import annotations
 from stillhouse.report.html import write
 from stillhouse.report.parts import Claim, Curve, Image, Matrix, Report, Student, Table
 from stillhouse.report.pictures import grid
-from stillhouse.report.text import compare, summary
+from stillhouse.report.rating import DistillationReport, Rated, rate
+from stillhouse.report.text import summary
+from stillhouse.report.versus import compare, read_arms
 
-__all__ = ["Claim", "Curve", "Image", "Matrix", "Report", "Student", "Table", "compare", "grid", "summary", "write"]
+__all__ = [
+    "Claim",
+    "Curve",
+    "DistillationReport",
+    "Image",
+    "Matrix",
+    "Rated",
+    "Report",
+    "Student",
+    "Table",
+    "compare",
+    "grid",
+    "rate",
+    "read_arms",
+    "summary",
+    "write",
+]

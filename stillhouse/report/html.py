@@ -11,8 +11,9 @@ from typing import Any
 from stillhouse.files import atomic_write, write_json
 from stillhouse.report import plots, units
 from stillhouse.report.parts import Claim, Curve, Image, Matrix, Report, Student, Table
+from stillhouse.report.rating import basis, rate, rating
 from stillhouse.report.style import STYLE
-from stillhouse.report.text import Column, beside, columns, label, measured_with
+from stillhouse.report.text import FIDELITY, RATED, Column, around, beside, columns, label, measured_with
 
 _COSTS = (("params", "parameters"), ("macs", "MACs per sample"), ("latency_ms", "latency, ms"))
 
@@ -21,7 +22,8 @@ def write(report: Report, folder: str | Path) -> Path:
     """Write ``report.json`` and ``report.html`` into a folder, each whole or not at all.
 
     Args:
-        report: what a run found. folder: made when missing; other files in it stay.
+        report: what a run found; its students are rated against their teacher (`rate`) where it has one.
+        folder: made when missing; other files in it stay.
 
     Returns:
         The path of the HTML file.
@@ -36,7 +38,7 @@ def write(report: Report, folder: str | Path) -> Path:
         ...     path.name, Report.read(d).title
         ('report.html', 'On digits')
     """
-    folder, data = Path(folder), report.to_json()
+    folder, data = Path(folder), rate(report).to_json()
     write_json(folder / "report.json", data)
     # Drawn from what was written, so that the page made again later is the same page.
     atomic_write(folder / "report.html", page(Report.from_json(data)))
@@ -58,6 +60,7 @@ def page(report: Report) -> str:
     """The whole page. Depends on the report alone; every string in it is shown as text."""
     sections = [
         _section("Family", _family(report.students)),
+        _section("Size and score against the teacher", _rating(report.students)),
         _section("Result", _facts(report.metrics)),
         _section("Pictures", _figures(map(_image, report.images))),
         _section("Cost and quality", _figures(_paretos(report.students))),
@@ -147,6 +150,40 @@ def _student(student: Student, shown: Sequence[Column], best: Mapping[str, float
     path = f"<small>{name(student.path)}</small>" if student.path else ""
     head = f'<th scope="row">{name(student.name)}{role or path}</th>'
     return f'<tr class="{text(student.role)}">{head}{"".join(cells)}</tr>'
+
+
+def _rating(students: Sequence[Student]) -> str:
+    """Ratios, DS and the front, with what is needed to read them; nothing where no student has a teacher."""
+    found = basis(students)
+    alpha = next((a for s in students if (a := s.number("ds_alpha")) is not None), None)
+    rated, made = rating(students, alpha) if alpha is not None else ([], None)
+    if found is None or made is None:
+        return ""
+    shown = [c for c in (*RATED, *FIDELITY) if any(s.number(c.key) is not None for s in rated)]
+    titles = {"ds": made.title}
+    rows = []
+    for s in rated:
+        cells = [text(c.text(s.number(c.key))) for c in shown] + ["yes" if s.number("front") else "no"]
+        low, high = s.number("score_ratio_low"), s.number("score_ratio_high")
+        if low is not None and high is not None:
+            cells[[c.key for c in shown].index("score_ratio")] += f"<small>{100 * low:.1f}–{100 * high:.1f}</small>"
+        rows.append(f'<tr><th scope="row">{name(s.name)}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>')
+    heads = [(titles.get(c.key, c.title), c.hint) for c in shown] + [("front", "beaten by none in size and score")]
+    head = "".join(f'<th scope="col" title="{text(hint)}">{text(title)}</th>' for title, hint in heads)
+    head = f'<th scope="col">Student</th>{head}'
+    table = f'<table class="family"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    said = [
+        f"against {found.teacher.name}: size in {label(found.size)}, score {label(found.score)}",
+        f"DS = α · size ratio + (1 − α)(1 − score ratio); doing nothing has {made.alpha:g}, less is better",
+        f"area dominated up to the teacher's size: {made.hypervolume:.3f}",
+    ]
+    if made.chance is not None:
+        said.append(f"DS_adj: corrected for chance, {units.percent(made.chance)}, a constant answer's accuracy")
+    if any(c in shown for c in FIDELITY):
+        said.append("agreement and KL: with the teacher's answers")
+    if any(s.number("score_ratio_low") is not None for s in rated):
+        said.append("below the score ratio: 95 %, paired bootstrap over test samples")
+    return _scroll("size and score against the teacher", table) + f'<p class="small">{text("; ".join(said))}</p>'
 
 
 def _facts(values: Mapping[str, Any]) -> str:
@@ -245,7 +282,7 @@ def _claims(claims: Sequence[Claim]) -> str:
         seeds = f" · seeds {', '.join(map(str, claim.seeds))}" if claim.seeds else ""
         items.append(
             f'<li class="{kind}"><b>{said}</b><div><bdi>{text(claim.text)}</bdi>'
-            f"<small>{text(numbers + seeds)}</small></div></li>"
+            f"<small>{text(numbers + around(claim) + seeds)}</small></div></li>"
         )
     return f'<ul class="claims">{"".join(items)}</ul>'
 

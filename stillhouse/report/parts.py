@@ -20,13 +20,17 @@ NAN = math.nan
 
 @dataclass
 class Claim:
-    """A falsifiable sentence and how it came out. ``value`` was measured, ``threshold`` was set before."""
+    """A falsifiable sentence and how it came out. ``value`` was measured, ``threshold`` was set before.
+
+    ``interval`` is the paired bootstrap interval of the value over the seeds, where there is one.
+    """
 
     text: str
     holds: bool
     value: float
     threshold: float
     seeds: list[int] = field(default_factory=list)
+    interval: list[float] | None = None
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Student:
             latency_p90 (ms), threads, …; ``NAME_std`` is shown as ± beside ``NAME``; any other number
             gets a column.
         role: ``base`` and ``ensemble`` are set apart from the students.
+        right: which test samples it named right: ``test`` (the fingerprint of the samples), ``n`` and ``bits``
+            (`stillhouse.score.pack`); with it two models are compared pair by pair.
     """
 
     name: str
@@ -49,6 +55,7 @@ class Student:
     latency_ms: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     role: Literal["student", "base", "ensemble"] = "student"
+    right: dict[str, Any] = field(default_factory=dict)
 
     def number(self, key: str) -> float | None:
         """A finite number under this key (an attribute or a metric), else None."""
@@ -128,7 +135,12 @@ class Report:
         """The content of ``report.json``: strict JSON, NaN and infinity as null, images as base64."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "images"}
         pictures = [{"title": i.title, "png": base64.b64encode(i.png_bytes).decode()} for i in self.images]
-        return strict({**out, "images": pictures, "format": FORMAT})
+        made = strict({**out, "images": pictures, "format": FORMAT})
+        for part, key in (("claims", "interval"), ("students", "right")):
+            for row in made[part]:
+                if not row[key]:  # most have none
+                    del row[key]
+        return made
 
     @classmethod
     def from_json(cls, data: Any, where: str = "report") -> Report:

@@ -13,6 +13,7 @@ from io import BytesIO
 from typing import Any
 
 from stillhouse.report import units
+from stillhouse.score import pareto
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 SERIES = 8
@@ -85,8 +86,6 @@ def lines(series: Mapping[str, tuple[Sequence[Any], Sequence[Any]]], x_label: st
 def cost_quality(points: Sequence[Point], x_label: str, y_label: str, key: str) -> str:
     """Models by cost and quality, the Pareto front joined, every point with its (shortened) name."""
     from matplotlib.ticker import FuncFormatter
-
-    from stillhouse.evaluate import pareto  # brings PyTorch, which no other part of a report needs
 
     front = pareto([(p.cost, p.quality) for p in points])
     with _figure() as (figure, axes):

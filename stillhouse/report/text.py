@@ -1,16 +1,16 @@
-"""The family table, the claims and the comparison of runs: for the terminal, and as every form shows them."""
+"""The family table and the claims: for the terminal, and as every form shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stillhouse.errors import UserError
 from stillhouse.files import strict
 from stillhouse.report import units
 from stillhouse.report.parts import Claim, Report, Student
+from stillhouse.report.rating import ADDED, basis
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -32,7 +32,7 @@ def _fixed(value: Any) -> str:
     return units.MISSING if x is None else f"{x:.3f}"
 
 
-COLUMNS = (
+_FIRST = (
     Column("accuracy", "Accuracy", units.percent, 1, "share of test samples named right"),
     Column("nll", "NLL", _fixed, -1, "negative log-likelihood, nats per sample"),
     Column("ece", "ECE", partial(units.percent, places=1), -1, "expected calibration error"),
@@ -42,17 +42,36 @@ COLUMNS = (
     Column("latency_ms", "Latency", units.milliseconds, -1, "median of one forward pass"),
     Column("compression", "Smaller", units.times, 1, "parameters of the base over parameters"),
     Column("speedup", "Faster", units.times, 1, "latency of the base over latency"),
-    Column("importance", "ω", _fixed, 0, "weight in the ensemble"),
 )
-_BESIDE = {"latency_p10", "latency_p90", "threads", "batch", "repeats"}
+DS = Column("ds", "DS", _fixed, -1, "α · size ratio + (1 − α)(1 − score ratio), against the teacher; lower is better")
+COLUMNS = (*_FIRST, DS, Column("importance", "ω", _fixed, 0, "weight in the ensemble"))
+RATED = (  # what a comparison of runs shows as well, and a page in a table of its own
+    Column("size_ratio", "size ratio", partial(units.percent, places=2), -1, "size over the teacher's"),
+    Column("score_ratio", "score ratio", units.percent, 1, "score over the teacher's"),
+    DS,
+    Column("ds_adj", "DS_adj", _fixed, -1, "DS of scores corrected for chance"),
+)
+FIDELITY = (
+    Column("teacher_agreement", "agreement", units.percent, 1, "share of test samples named as the teacher names them"),
+    Column("teacher_kl", "KL, nats", _fixed, -1, "mean KL(teacher ‖ student) over test samples"),
+)
+_BESIDE = {"latency_p10", "latency_p90", "threads", "batch", "repeats", "weight_bytes", "chance", *ADDED}
 
 
-def columns(students: Sequence[Student]) -> list[Column]:
-    """The known columns for which some student has a number, then one for every other number they have."""
-    known = {c.key for c in COLUMNS} | _BESIDE
+def columns(students: Sequence[Student], rated: bool = False) -> list[Column]:
+    """The known columns for which some student has a number, then one for every other number they have.
+
+    Args:
+        rated: also the ratios that make up DS, and its form corrected for chance.
+    """
+    known = {c.key for c in (*COLUMNS, *FIDELITY)} | _BESIDE
+    alpha = next((a for s in students if (a := s.number("ds_alpha")) is not None), None)
+    first = [replace(c, title=f"DS (α={alpha:g})") if c.key == "ds" and alpha is not None else c for c in COLUMNS]
     keys = dict.fromkeys(k for s in students for k in s.metrics if k not in known and not k.endswith("_std"))
     extra = [Column(k, label(k), partial(units.humanise, k)) for k in keys]
-    return [c for c in (*COLUMNS, *extra) if any(s.number(c.key) is not None for s in students)]
+    more = [c for c in (*RATED, *FIDELITY) if rated and c != DS]
+    every = (*first, *more, *extra)
+    return [c for c in every if any(s.number(c.key) is not None for s in students)]
 
 
 def label(key: str) -> str:
@@ -85,7 +104,7 @@ def measured_with(students: Sequence[Student]) -> str:
 class FamilyTable:
     """The students as a table that fits the terminal: where it is too narrow, the columns in SPARE go first."""
 
-    SPARE = ("ece", "compression", "bytes", "macs", "nll", "speedup", "params")
+    SPARE = ("ece", "compression", "bytes", "ds", "macs", "nll", "speedup", "params")
 
     def __init__(self, students: Sequence[Student]):
         self.students = students
@@ -113,9 +132,13 @@ class FamilyTable:
             style = {"base": "dim", "ensemble": "italic"}.get(student.role, "")
             name = Text(units.plain(student.name), style=style, no_wrap=True, overflow="ellipsis")
             table.add_row(name, *(Text(c.text(student.number(c.key)), style=style) for c in shown))
-        how = measured_with(self.students)
+        how, said = measured_with(self.students), list[str]()
         if how:
-            table.caption = Text(units.plain(f"latency: median of one forward pass, {how}"))
+            said.append(f"latency: median of one forward pass, {how}")
+        if any(c.key == "ds" for c in shown) and (found := basis(self.students)):
+            said.append(f"DS: against {found.teacher.name}, lower is better")
+        if said:
+            table.caption = Text(units.plain("; ".join(said)))
             table.caption_justify = "left"
         return table
 
@@ -154,71 +177,12 @@ def claim_line(claim: Claim) -> RenderableType:
     mark, style = ("holds", "green") if claim.holds else ("does not hold", "red")
     numbers = f"measured {units.humanise('', claim.value)}, threshold {units.humanise('', claim.threshold)}"
     seeds = f", seeds {' '.join(map(str, claim.seeds))}" if claim.seeds else ""
-    return Text.assemble((f"{mark}: ", style), units.plain(claim.text), f" ({numbers}{seeds})")
+    return Text.assemble((f"{mark}: ", style), units.plain(claim.text), f" ({numbers}{around(claim)}{seeds})")
 
 
-def compare(reports: Sequence[Report], labels: Sequence[str] | None = None) -> tuple[RenderableType, dict[str, Any]]:
-    """Runs side by side: students matched by name, differences of their numbers to the first run, claims.
-
-    Args:
-        reports: two or more. labels: what to call each (folders); their titles by default.
-
-    Returns:
-        Something rich can print, and the same as strict JSON: ``runs``, ``students`` (per name and metric the
-        ``values`` of the runs and their ``difference`` to the first), ``claims``.
-
-    Raises:
-        UserError: fewer than two reports.
-    """
-    if len(reports) < 2:
-        raise UserError(f"compare needs at least two runs, got {len(reports)}; give two run folders")
-    names = [units.plain(n) for n in (labels or [r.title for r in reports])]
-    runs = [{"label": n, "system": r.system, "seed": r.seed, "command": r.command} for n, r in zip(names, reports)]
-    students: dict[str, Any] = {}
-    for name in dict.fromkeys(s.name for r in reports for s in r.students):
-        each = [next((s for s in r.students if s.name == name), None) for r in reports]
-        students[name] = {}
-        for column in columns([s for s in each if s]):
-            values = [s.number(column.key) if s else None for s in each]
-            base = values[0]
-            change = [None if v is None or base is None else v - base for v in values]
-            students[name][column.key] = {"values": values, "difference": change}
-    claims = []
-    for text in dict.fromkeys(c.text for r in reports for c in r.claims):
-        found = [next((c for c in r.claims if c.text == text), None) for r in reports]
-        claims.append({"text": text, "holds": [c and c.holds for c in found], "values": [c and c.value for c in found]})
-    data = strict({"runs": runs, "students": students, "claims": claims})
-    return _side_by_side(names, data), data
-
-
-def _side_by_side(names: Sequence[str], data: Mapping[str, Any]) -> RenderableType:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Group
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    known = {c.key: c for c in COLUMNS}
-    table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("Student", no_wrap=True, overflow="ellipsis", max_width=24)
-    table.add_column("Number")
-    for name in names:
-        table.add_column(Text(units.shorten(name, 24)), justify="right", no_wrap=True)
-    for student, metrics in data["students"].items():
-        for i, (key, entry) in enumerate(metrics.items()):
-            column = known.get(key, Column(key, label(key), partial(units.humanise, key)))
-            cells = [Text(_with_change(column, *pair)) for pair in zip(entry["values"], entry["difference"])]
-            table.add_row(Text(units.plain(student) if i == 0 else ""), Text(column.title), *cells)
-    lines = [
-        Text(f"{units.plain(c['text'])}: " + ", ".join(f"{n} {_verdict(h)}" for n, h in zip(names, c["holds"])))
-        for c in data["claims"]
-    ]
-    return Group(table, *lines)
-
-
-def _with_change(column: Column, value: float | None, change: float | None) -> str:
-    sign = "+" if change and change > 0 else "−"
-    return column.text(value) + (f" ({sign}{column.text(abs(change))})" if change else "")
-
-
-def _verdict(holds: bool | None) -> str:
-    return "not measured" if holds is None else "holds" if holds else "does not hold"
+def around(claim: Claim) -> str:
+    """The interval of a claim's value over its seeds, in words; nothing where there is none."""
+    if not claim.interval:
+        return ""
+    low, high = (units.humanise("", v) for v in claim.interval)
+    return f", 95 % {low} … {high}"

@@ -1,0 +1,15 @@
+"""Which pipeline to try on a new task, learned from recorded runs (AutoDistiller; He et al. 2021, arXiv 2109.11105).
+
+Every finished run is a row: facts of the task and of both models, the choices of its pipeline, and as target how much
+of the teacher's score the student has. A tree model learns, task by task, which choices lie above the task's mean; how
+well it does so on a task it has not seen is measured by leaving one task out.
+
+`runs` reads them, `learn` has the model and its test, `pipelines` the adviser: `advise`, whose `Advice` is a list of
+commands with reasons. Another adviser is another module that gives an `Advice`.
+"""
+
+from stillhouse.recommend.learn import Model, left_out
+from stillhouse.recommend.pipelines import Advice, advise, enough
+from stillhouse.recommend.runs import Recorded, facts_of, merged, new_task, read_runs
+
+__all__ = ["Advice", "Model", "Recorded", "advise", "enough", "facts_of", "left_out", "merged", "new_task", "read_runs"]
