@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
@@ -17,12 +16,13 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from stillhouse import __version__, recipes
 from stillhouse.errors import Interrupted, UserError, did_you_mean
+from stillhouse.flags import configured, parse_flags, settings
 
 if TYPE_CHECKING:
     from stillhouse.options import Options
@@ -261,89 +261,6 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def parse_flags(system: str, flags: Sequence[str]) -> tuple[Options, Any]:
-    """Options and the system's Config from the command line; wrong flags raise a one-line UserError."""
-    import tyro
-
-    from stillhouse.options import Options as Every
-
-    package = recipes.find(system)
-    experiment = recipes.experiment(system)
-    Options = getattr(experiment, "OPTIONS", Every)
-    own = any(f.split("=")[0] in {f"--{name}" for name in Options.BRINGS} for f in flags)
-    preset = package.Config() if own else experiment.PRESET
-    both = dataclasses.make_dataclass(
-        "Flags",
-        [("options", Options), ("config", package.Config, dataclasses.field(default=preset))],
-        frozen=True,
-    )
-    both.__doc__ = f"{package.TITLE}. Without --model and --data: the built-in experiment."
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(shown):
-            made: Any = tyro.cli(
-                both,
-                prog=f"stillhouse run {system}",
-                args=merged(flags, package.Config, Options),
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(one_line(shown.getvalue())) from None
-    return made.options, made.config
-
-
-def merged(flags: Sequence[str], *kinds: type) -> list[str]:
-    """The flags with repeats of those that take several values joined.
-
-    Example:
-        >>> from stillhouse.options import Options
-        >>> merged(["--track", "a", "--seed", "1", "--track=b"], Options)
-        ['--seed', '1', '--track', 'a', 'b']
-    """
-    several = {
-        f"--{f.name.replace('_', '-')}" for kind in kinds for f in dataclasses.fields(kind) if "tuple" in str(f.type)
-    }
-    kept: list[str] = []
-    lists: dict[str, list[list[str]]] = {name: [] for name in several}
-    at = kept
-    for word in flags:
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
-            if name.replace("_", "-") in several:
-                at = [value] if equals else []
-                lists[name.replace("_", "-")].append(at)
-                continue
-            at = kept
-        at.append(word)
-    for name, found in lists.items():
-        # One value each time is how one repeats a flag; otherwise the last one counts, as for every other flag.
-        values = [v for vs in found for v in vs] if all(len(vs) == 1 for vs in found) else found[-1]
-        kept += [name, *values] if found else []
-    return kept
-
-
-def one_line(box: str) -> str:
-    """The text of an error that was drawn as a box over several lines."""
-    text = re.sub(r"[\u2500-\u257f]+|-{9,}", " ", box)
-    text = text.split("For full helptext")[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    # What a Config's own check said is one sentence that was wrapped; anything else is a list.
-    between = " " if any(line.startswith("Error parsing") for line in lines) else "; "
-    return re.sub(r"\s+", " ", between.join(lines[1:] or lines)).rstrip("; ") + "; see --help"
-
-
-def settings(options: Options, config: Any) -> dict[str, Any]:
-    """What a run's result depends on, as JSON."""
-    from stillhouse.files import strict
-
-    values = {**dataclasses.asdict(options), **dataclasses.asdict(config)}
-    for name in ("out", "quiet", "track"):
-        values.pop(name)
-    return strict(json.loads(json.dumps(values, default=str)))  # as run.json will have them: inf is null there
-
-
 def claim_folder(options: Options, config: Any, system: str, flags: Sequence[str]) -> None:
     """Makes the out folder and notes the command in it; refuses a folder that holds something else."""
     from stillhouse.files import read_json, write_json
@@ -431,17 +348,6 @@ def do_recommend(args: argparse.Namespace) -> None:
     advice = advise(rows, facts, flags, configured, name=name, **how)
     advice.notes += [f"Not used: {count} × {reason}." for reason, count in unused.items()]
     print(json.dumps(strict(advice.facts), indent=2) if args.json else "\n".join(advice.lines()))
-
-
-def configured(system: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """All settings of a system's Config with these ones, as run.json has them; None where it refuses them."""
-    try:
-        config = recipes.find(system).Config
-        fields = {f.name for f in dataclasses.fields(config)}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in fields}
-        return json.loads(json.dumps(dataclasses.asdict(config(**given)), default=str))
-    except (UserError, TypeError, ValueError):
-        return None
 
 
 def do_export(args: argparse.Namespace) -> None:

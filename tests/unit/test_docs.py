@@ -19,7 +19,7 @@ from types import ModuleType
 import pytest
 
 import stillhouse
-from stillhouse import cli, recipes
+from stillhouse import cli, flags, recipes
 from stillhouse.options import ImageOptions
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +139,7 @@ def test_commands_parse(page: Path) -> None:
     for argv in commands("\n".join([*shell, indented])):
         argv = ["run", *argv] if argv[:1] == ["distill"] else argv
         if argv[:1] == ["run"] and "--help" not in argv:
-            cli.parse_flags(argv[1], argv[2:])
+            flags.parse_flags(argv[1], argv[2:])
         elif argv[:1] != ["run"]:
             cli.build_parser().parse_args(argv)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from stillhouse import recommend
-from stillhouse.cli import configured, invoke, parse_flags
+from stillhouse.cli import invoke
+from stillhouse.flags import configured, parse_flags
 from stillhouse.recommend import Model, Recorded, facts_of, left_out, merged, read_runs
 from stillhouse.recommend.learn import encoded
 from stillhouse.recommend.pipelines import candidates
