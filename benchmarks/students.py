@@ -33,7 +33,7 @@ from stillhouse.distill import Distill
 from stillhouse.engine import Run, fit
 from stillhouse.evaluate import classification, count_macs, count_params, environment, predict
 from stillhouse.models import ModelSpec
-from stillhouse.recipes.distill.config import optimizer_of, schedule
+from stillhouse.plain import optimizer_of, schedule
 from stillhouse.recipes.pipeline.experiment import BASE, PRESET
 from stillhouse.recipes.pipeline.recipe import distill
 from stillhouse.recipes.quantized_distillation.quantizers import Bucketed, first_points

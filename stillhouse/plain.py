@@ -145,6 +145,8 @@ def distill(
 
 def train_teacher(run: Run, name: str, model: nn.Module, data: Data, cfg: Plain) -> None:
     """Labels alone, in place; a stage of its own, so that it is done once."""
+    if not any(p.requires_grad for p in model.parameters()):
+        model.requires_grad_(True)  # it was asked as a teacher before
     read = "teacher" if "teacher" in data.train.take(np.arange(1)) else "input"
     plain = Distill(
         model, None, objectives=(), read=read, optimizer=optimizer_of(cfg), clip=cfg.clip or None,

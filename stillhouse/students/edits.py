@@ -22,7 +22,11 @@ class Edit(Protocol):
     """One change of a network."""
 
     kind: ClassVar[str]
-    module: str
+
+    @property
+    def module(self) -> str:
+        """Path of what it changes."""
+        ...
 
     def apply(self, model: nn.Module) -> nn.Module:
         """The network with the change; `model` may be changed in place."""
@@ -107,7 +111,9 @@ def factorised(layer: nn.Linear | nn.Conv2d, rank: int, where: str = "the layer"
             f"{where}: rank {rank} does not fit a {rows}×{columns} weight; give 1…{min(rows, columns)} "
             f"(fewer weights from {largest_paying_rank(layer)} down)"
         )
-    u, s, v = torch.linalg.svd(layer.weight.detach().float().flatten(1), full_matrices=False)
+    matrix = layer.weight.detach().flatten(1)
+    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()  # never in half precision
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     root = s[:rank].sqrt()
     first_w, second_w = root[:, None] * v[:rank], u[:, :rank] * root
     bias = layer.bias is not None

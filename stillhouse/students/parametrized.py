@@ -97,9 +97,14 @@ def nm_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
         raise UserError(
             f"{n}:{m} sparsity needs 0 < n <= m and rows that {m} divides, got a weight of {tuple(w.shape)}"
         )
-    order = torch.argsort(flat.view(len(w), -1, m).abs(), dim=-1, descending=True, stable=True)
-    mask = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :n], True)
-    return mask.view(w.shape)
+    sizes = flat.reshape(-1, m).abs().unbind(1)
+    rank = [torch.zeros(sizes[0].shape, dtype=torch.int16, device=w.device) for _ in sizes]
+    for later in range(m):  # each pair once: for small m several times faster than sorting
+        for first in range(later):
+            ahead = sizes[first] >= sizes[later]
+            rank[later] += ahead
+            rank[first] += ~ahead
+    return (torch.stack(rank, 1) < n).view(w.shape)
 
 
 class NM(Projector):
@@ -171,10 +176,17 @@ class Symmetric(Quantizer):
         points = torch.arange(-most, 2**self.bits - most, device=w.device).clamp(max=most).float()
         return Code(points, scale, torch.zeros_like(scale), self.bits, self.group)
 
-    def index(self, w: Tensor, code: Code) -> Tensor:
+    def steps(self, w: Tensor, code: Code) -> Tensor:
+        """q as floats, (groups, size)."""
         most = max(1, 2 ** (self.bits - 1) - 1)
-        q = torch.round(grouped(w.float(), self.group) / code.scale[:, None]).clamp(-most, most)
-        return (q + most).long()
+        return torch.round(grouped(w.float(), self.group) / code.scale[:, None]).clamp(-most, most)
+
+    def index(self, w: Tensor, code: Code) -> Tensor:
+        return (self.steps(w, code) + max(1, 2 ** (self.bits - 1) - 1)).long()
+
+    def values(self, w: Tensor) -> Tensor:
+        code = self.code(w)  # as `levels` has it, bit for bit, without looking each value up
+        return ungrouped(code.scale[:, None] * self.steps(w, code) + code.zero[:, None], w.shape).to(w.dtype)
 
 
 class MinMax(Quantizer):
@@ -187,10 +199,23 @@ class MinMax(Quantizer):
         points = torch.arange(2**self.bits, device=w.device).float() / (2**self.bits - 1)
         return Code(points, scale, low, self.bits, self.group)
 
-    def index(self, w: Tensor, code: Code) -> Tensor:
+    def steps(self, w: Tensor, code: Code) -> Tensor:
+        """k as floats, (groups, size)."""
         most = 2**self.bits - 1
         u = (grouped(w.float(), self.group) - code.zero[:, None]) / code.scale[:, None]
-        return torch.round(u * most).clamp(0, most).long()
+        return self.rounded(u * most).clamp(0, most)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Whole numbers for real ones."""
+        return torch.round(x)
+
+    def index(self, w: Tensor, code: Code) -> Tensor:
+        return self.steps(w, code).long()
+
+    def values(self, w: Tensor) -> Tensor:
+        code = self.code(w)  # as `levels` has it, bit for bit, without looking each value up
+        points = self.steps(w, code) / (2**self.bits - 1)
+        return ungrouped(code.scale[:, None] * points + code.zero[:, None], w.shape).to(w.dtype)
 
 
 class Codebook(Quantizer):
@@ -292,6 +317,20 @@ def projectors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
             yield path, module, module.parametrizations["weight"]
 
 
+def strip(model: nn.Module) -> None:
+    """Takes the projectors off, in place, and leaves the weights behind them."""
+    for _, layer, _ in list(projectors(model)):
+        _off(layer, keep_values=False)
+
+
+def _off(layer: nn.Module, keep_values: bool) -> None:
+    # A parametrised layer and its deep copies share one class, from which torch would delete `weight` for all of them.
+    kind: Any = type(layer)
+    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(kind.__name__, kind.__bases__, own)
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep_values)
+
+
 @torch.no_grad()
 def bake(model: nn.Module) -> list[Pack]:
     """Puts the projected values in place of the weights, in place: plain layers that compute the same.
@@ -308,13 +347,13 @@ def bake(model: nn.Module) -> list[Pack]:
     """
     edits = []
     for path, layer, chain in list(projectors(model)):
-        code, last = None, chain[-1]
+        code, last = None, chain.eval()[-1]  # what draws in training does not in the end
         if isinstance(last, Quantizer):
             before = chain.original
             for earlier in list(chain)[:-1]:
                 before = earlier(before)
             code = last.code(before)
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        _off(layer, keep_values=True)
         if code is not None:
             for name, value in (("points", code.points), ("scale", code.scale), ("zero", code.zero)):
                 layer.register_buffer(f"weight_{name}", value.detach().clone())

@@ -66,8 +66,13 @@ class Plan:
         return Plan((), signature(base))
 
     def then(self, *edits: Keep | Edit) -> Plan:
-        """This plan, and further edits of what it builds."""
-        return replace(self, edits=(*self.edits, *edits))
+        """This plan, and further edits of what it builds; channels kept of kept channels become one cut of the base."""
+        end = len(self.edits)
+        while end and isinstance(self.edits[end - 1], Keep):
+            end -= 1
+        start = next((i for i, e in enumerate(edits) if not isinstance(e, Keep)), len(edits))
+        before, after = cast("list[Keep]", self.edits[end:]), cast("list[Keep]", edits[:start])
+        return replace(self, edits=(*self.edits[:end], *_joined(before, after), *edits[start:]))
 
     @property
     def keeps(self) -> tuple[Keep, ...]:
@@ -145,6 +150,12 @@ class Plan:
             edit.decode(made, shapes[f"{edit.prefix}weight"])
         return made
 
+    def saved_bytes(self, model: nn.Module) -> int:
+        """Bytes by which the codes of packed weights are smaller than the weights in memory."""
+        own = model.state_dict()
+        packed = [(own[f"{e.prefix}weight"], e.bits) for e in self._packs()]
+        return sum(w.numel() * w.element_size() - -(-w.numel() * bits // 8) for w, bits in packed)
+
     def _packs(self) -> list[other.Pack]:
         return [e for e in self.edits if isinstance(e, other.Pack)]
 
@@ -175,6 +186,15 @@ class Plan:
             return Plan(edits, data["signature"], data.get("base"))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"not a readable plan: {type(error).__name__} {error}") from None
+
+
+def _joined(before: Sequence[Keep], after: Sequence[Keep]) -> list[Keep]:
+    """Two cuts, the second of what the first left, as one."""
+    first = {(e.module, e.axis): e for e in before}
+    for e in after:
+        at = (e.module, e.axis)
+        first[at] = replace(e, index=tuple(first[at].index[i] for i in e.index)) if at in first else e
+    return list(first.values())
 
 
 def _facts(edit: Keep | Edit) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from stillhouse.students.parametrized import (
     parametrize_weights,
     projectors,
     straight_through,
+    strip,
     weight_layers,
 )
 
@@ -45,6 +48,10 @@ def test_nm_keeps_the_largest_of_every_group(n, m):
         sizes = w.abs().reshape(len(w), -1, m)
         assert (sizes.masked_fill(~mask, torch.inf).amin(-1) >= sizes.masked_fill(mask, -1).amax(-1)).all()
     assert nm_mask(torch.ones(1, 4)).tolist() == [[True, True, False, False]]  # ties: still n of m
+    few = torch.randint(-2, 3, (50, 16), generator=G).float()  # many ties
+    order = torch.argsort(few.view(50, -1, m).abs(), dim=-1, descending=True, stable=True)
+    sorted_ = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :n], True).view(50, 16)
+    assert torch.equal(nm_mask(few, n, m), sorted_)
     with pytest.raises(UserError, match="rows that 4 divides"):
         nm_mask(torch.ones(2, 6))
 
@@ -131,6 +138,20 @@ def test_baking_changes_nothing_and_leaves_plain_layers():
     assert {type(m) for m in net} == {nn.Linear, nn.ReLU}
     code = edit.code(net.state_dict() and dict(net.named_buffers()))
     assert torch.equal(decode(encode(net[0].weight, code), code, net[0].weight.shape), net[0].weight)
+
+
+def test_baking_or_stripping_a_copy_leaves_the_original_alone():
+    """Deep copies share the class that torch makes for a parametrised layer."""
+    net = nn.Sequential(nn.Linear(16, 8))
+    before = net[0].weight.detach().clone()
+    parametrize_weights(net, ["0"], lambda path, layer: Symmetric(2))
+    want, copies = net(torch.ones(1, 16)), [copy.deepcopy(net) for _ in range(2)]
+    bake(copies[0])
+    assert torch.equal(copies[0](torch.ones(1, 16)), want)
+    assert torch.equal(net(torch.ones(1, 16)), want) and torch.equal(copies[1](torch.ones(1, 16)), want)
+    strip(copies[1])
+    assert torch.equal(copies[1][0].weight, before) and torch.equal(net(torch.ones(1, 16)), want)
+    assert not list(projectors(copies[1])) and len(list(projectors(net))) == 1
 
 
 def test_choosing_layers():

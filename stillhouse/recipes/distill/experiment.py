@@ -17,7 +17,8 @@ from stillhouse.errors import UserError
 from stillhouse.evaluate import classification, environment, predict
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec
-from stillhouse.recipes.distill.recipe import Config, distill, train_teacher
+from stillhouse.plain import train_teacher
+from stillhouse.recipes.distill.recipe import Config, distill
 from stillhouse.report import Claim, Curve, Report
 from stillhouse.system import fold
 from stillhouse.teacher_options import TeacherOptions
