@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stillhouse.comparisons import ON_LOGITS, Objective, taps_of
 from stillhouse.data import Batches, Data, Samples, prefetch
@@ -158,11 +158,24 @@ def train_teacher(run: Run, name: str, model: nn.Module, data: Data, cfg: Plain)
 
 def check_classes(student: nn.Module, frozen: Sequence[Frozen], example: Any, data: Data) -> None:
     """Outputs of student and teachers against the classes of the data, before anything is trained."""
-    with torch.no_grad(), evaluating(student):
+
+    def asked() -> Tensor:
         device = next(student.parameters()).device
-        found = {"student": logits_of(call(student, map_tensors(example["input"], lambda t: t.to(device)))).shape[1]}
-    found |= {f"teacher {k}": t(example)["logits"].shape[1] for k, t in enumerate(frozen)}
-    for who, outputs in found.items():
+        with torch.no_grad(), evaluating(student):
+            return logits_of(call(student, map_tensors(example["input"], lambda t: t.to(device))))
+
+    asks: dict[str, Callable[[], Tensor]] = {"student": asked}
+    asks |= {f"teacher {k}": partial(lambda t: t(example)["logits"], t) for k, t in enumerate(frozen)}
+    for who, ask in asks.items():
+        try:
+            outputs = ask().shape[1]
+        except UserError:
+            raise
+        except Exception as error:  # whatever a network raises about inputs it was not made for
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"the {who} cannot take inputs of shape {tuple(data.shape)} of {data.name}: {why}"
+            ) from None
         if outputs != len(data.classes):
             raise UserError(f"the {who} gives {outputs} logits, but {data.name} has {len(data.classes)} classes")
 

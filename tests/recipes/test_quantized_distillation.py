@@ -462,6 +462,10 @@ def test_points_are_learned_from_the_unquantised_student(tmp_path, monkeypatch):
         (["--kd", "0", "--include", "pool"], ["AdaptiveAvgPool2d is not supported"]),
         (["--kd", "0", "--exclude", "*"], ["no layer to quantise"]),
         (["--kd", "0", "--epochs", "0"], ["epochs > 0"]),
+        (
+            ["--kd", "0", "--model", "torchvision:mobilenet_v3_small"],
+            ["student cannot take inputs", "(1, 8, 8)", "digits"],
+        ),
     ],
     ids=lambda v: " ".join(v)[:40],
 )
