@@ -65,6 +65,8 @@ def tiny(run: Run, cfg: Config = TINY, base: ModelSpec = BASE, teacher: ModelSpe
 
 def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None:
     """One pipeline as the command makes it; without flags also several of them on digits, over seeds."""
+    if options.model and (Path(options.model) / "tokenizer.json").exists():  # a text student reads as it learned to
+        options = replace(options, tokenizer=options.tokenizer or options.model)
     data, own = options.load_data("digits"), options.own or bool(options.teacher)
     if own:
         spec, network, plan = given(options, data, cfg, run.seed)
