@@ -109,7 +109,11 @@ class Family(Members):
         base_params, base_macs = count_params(self.base), count_macs(self.base, base_example)
         speeds = [latency(m.model, example) for m in self.members]
         # A member as large as the base costs what the base costs: one timing, not two that differ by noise.
-        whole = [s for m, s in zip(self.members, speeds, strict=True) if count_params(m.model) == base_params]
+        whole = [
+            s
+            for m, s in zip(self.members, speeds, strict=True)
+            if count_params(m.model) == base_params and count_macs(m.model, example) == base_macs
+        ]
         base_ms = (whole[0] if whole else latency(self.base, base_example)).median_ms
         z, y = self.logits(data.test, device)
         extra = {name: self.logits(part, device) for name, part in data.extra.items()}

@@ -156,7 +156,7 @@ def test_entropy_is_rewarded():
     z = line()(X)
     entropy = -(z.softmax(1) * z.log_softmax(1)).sum(1).mean()
     loss = Plain(line(), Config(rule="entropy", penalty=0.3)).learn(BATCH, Clock()).total
-    assert float(loss) == pytest.approx(float(F.cross_entropy(z, Y) - 0.3 * entropy), abs=1e-12)
+    assert loss.item() == pytest.approx((F.cross_entropy(z, Y) - 0.3 * entropy).item(), abs=1e-12)
 
 
 def test_only_the_teacher_is_tempered_and_there_is_no_square():

@@ -169,6 +169,8 @@ def describe(run: Run, family: Family, data: Data, command: str) -> Report:
         for e in (m.plan.edits[-1:] if m.plan else ())
         if isinstance(e, Depth) and m.name != "learngene"
     ]
+    tuned_rows = [r.metrics["accuracy"] for r in students if r.role == "student" and r.name != "learngene"]
+    metrics["mean_accuracy"] = sum(tuned_rows) / len(tuned_rows)
     stored, apart = family.cost["stored_params"], family.cost["separate_params"]
     name = family.spec.name if family.spec else type(family.base).__name__
     return Report(
