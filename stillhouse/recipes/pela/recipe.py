@@ -98,12 +98,14 @@ def distill(
         "teacher_params": count_params(network),
         "seconds": time.monotonic() - began,
     }
+    share = sum(t.rows * t.columns for t in layers) / count_params(network)
+    few_layers = f"the chosen layers hold {100 * share:.1f} % of the network's weights; PELA is for linear layers"
     made = (plan or Plan.identity(network)).then(*(t.edit for t in layers))
     return Family(
         [Member("student", student, made, spec=spec)], tuple(data.shape), tuple(data.classes), network, spec, cost,
         [{**asdict(t), "kept": t.kept, "met": t.met} for t in layers], logs=run.log("intermediate"),
-        base_name="teacher", inputs=inputs if isinstance(inputs, Mapping) else None,
-        tokenizer=getattr(data.train, "tokenizer", None),
+        notes=[few_layers] if share < 0.1 else [], base_name="teacher",
+        inputs=inputs if isinstance(inputs, Mapping) else None, tokenizer=getattr(data.train, "tokenizer", None),
     )  # fmt: skip
 
 
