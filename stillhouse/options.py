@@ -80,8 +80,8 @@ class ImageOptions(Options):
     augment: str | None = None  # none, flip, crop-flip, resized-crop-flip (default: what the data set is used to)
     skip_bad: bool = False  # count and skip images that cannot be read, instead of stopping
 
-    def load_data(self, default: str) -> Data:
-        """The data named by ``--data``, or `default`."""
+    def load_data(self, default: str, *, given: Any = None) -> Data:
+        """The data named by ``--data``, or `default`; `given` is what its function gave, if it was called already."""
         from stillhouse.data import load
 
         return load(
@@ -92,6 +92,7 @@ class ImageOptions(Options):
             label_noise=self.label_noise,
             augment=self.augment,
             seed=self.seed,
+            given=given,
         )
 
     def spec(self, data: Data, default: str) -> ModelSpec:
@@ -117,26 +118,33 @@ class ClassifierOptions(ImageOptions):
     layers: int = 2  # text: of bert
     dropout: float = 0.1  # text: of bert
 
-    def load_data(self, default: str, *, teacher: str | None = None) -> Data:
+    def load_data(self, default: str, *, given: Any = None, teacher: str | None = None) -> Data:
         """The data named by ``--data``, or `default`: images, or sentences as token ids.
 
         Args:
+            given: what its function gave, if it was called already.
             teacher: a further tokenizer; sentences then have its ids under ``teacher``.
+
+        Raises:
+            UserError: options of images with sentences, or what the data themselves are refused for.
         """
-        from stillhouse.text.sentences import names_text, open_rows, rows_of, sentence_data, tokenizer_by_name
+        from stillhouse.data.named import with_noise
+        from stillhouse.errors import UserError
+        from stillhouse.text.sentences import look, sentence_data, tokenizer_by_name
 
         name = self.data or default
-        own_code = ":" in name and name.partition(":")[0] not in ("folder", "hf")
-        parts = open_rows(name) if names_text(name) else rows_of(name) if own_code else None
+        parts, given = look(name) if given is None else (None, given)
         if parts is None:
-            return super().load_data(default)
+            return super().load_data(default, given=given)
+        if self.image_size or self.augment or self.stem != "keep":
+            raise UserError(f"--image-size, --augment and --stem are of images, and {name} holds sentences; drop them")
         own = self.tokenizer or (self.model or "").partition("hf:")[2]
         how: dict[str, Any] = {"length": self.length, "seed": self.seed, "limit": self.limit}
         data = sentence_data(parts, name, tokenizers={"input": tokenizer_by_name(own)} if own else None, **how)
-        if not teacher or teacher == own:
-            return data
-        both = {"input": data.train.tokenizer, "teacher": tokenizer_by_name(teacher)}  # type: ignore[attr-defined]
-        return sentence_data(parts, name, tokenizers=both, **how)
+        if teacher and teacher != own:
+            both = {"input": data.train.tokenizer, "teacher": tokenizer_by_name(teacher)}  # type: ignore[attr-defined]
+            data = sentence_data(parts, name, tokenizers=both, **how)
+        return with_noise(data, self.label_noise, self.seed)
 
     def spec(self, data: Data, default: str, text_default: str = "bag") -> ModelSpec:
         """The network named by ``--model``, or the default for these data.

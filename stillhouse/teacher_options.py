@@ -28,9 +28,9 @@ class TeacherOptions(ClassifierOptions):
     teacher_weights: tuple[Path, ...] = ()  # .safetensors with a state dict, one per teacher
     teacher_size: int | None = None  # side of the square images the teacher reads (default: the student's)
 
-    def load_data(self, default: str, *, teacher: str | None = None) -> Data:
+    def load_data(self, default: str, *, given: Any = None, teacher: str | None = None) -> Data:
         """The data, with the ids of the teachers' tokenizer where it is another than the student's."""
-        return super().load_data(default, teacher=teacher or self.teacher_tokenizer)
+        return super().load_data(default, given=given, teacher=teacher or self.teacher_tokenizer)
 
     @property
     def teacher_tokenizer(self) -> str | None:

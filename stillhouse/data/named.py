@@ -68,6 +68,7 @@ def load(
     label_noise: float = 0.0,
     augment: str | None = None,
     seed: int = 0,
+    given: Any = None,
 ) -> Data:
     """A data set by name.
 
@@ -83,6 +84,8 @@ def load(
         augment: training augmentation instead of the usual one.
         seed: of the label noise and of test parts that have to be set apart (not of "digits", always 0).
 
+        given: what the function that `spec` names gave, where it was called already.
+
     Raises:
         UserError: an unknown name, missing or bad data, an option that does not fit.
 
@@ -93,22 +96,27 @@ def load(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be a positive number of samples, got {limit}")
-    if not 0.0 <= label_noise < 1.0:
-        raise UserError(f"label_noise must be a fraction in [0, 1), got {label_noise}")
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be a positive number of pixels, got {image_size}")
     place = root or os.environ.get("STILLHOUSE_DATA")
     options = Options(Path(place).expanduser() if place else None, image_size, limit, skip_bad, augment, seed)
-    data = opener(spec)(options)
+    data = opener(spec)(options) if given is None else open_function(spec, options, given)
     train, notes = data.train, list(data.notes)
     if limit is not None and limit < len(train):
         train = Subset(train, first_balanced(train.labels, limit), own_ids=True)
     if limit is not None and limit == len(train):  # a set may have kept to it while reading
         notes.append(f"train: the first {limit} samples, classes balanced")
-    if label_noise:
-        train = Relabelled(train, noise=label_noise, seed=seed)
-        notes.append(f"{label_noise:.0%} of the training labels are wrong")
-    return replace(data, train=train, notes=tuple(notes))
+    return with_noise(replace(data, train=train, notes=tuple(notes)), label_noise, seed)
+
+
+def with_noise(data: Data, label_noise: float, seed: int) -> Data:
+    """The data with a fraction of the training labels replaced by another class; 0 leaves them alone."""
+    if not 0.0 <= label_noise < 1.0:
+        raise UserError(f"label_noise must be a fraction in [0, 1), got {label_noise}")
+    if not label_noise:
+        return data
+    train = Relabelled(data.train, noise=label_noise, seed=seed)
+    return replace(data, train=train, notes=(*data.notes, f"{label_noise:.0%} of the training labels are wrong"))
 
 
 def find(name: str) -> Path:
@@ -137,9 +145,15 @@ def opener(spec: str) -> Callable[[Options], Data]:
         return lambda o: open_folder(rest, o.image_size, o.augment, o.skip_bad, o.seed)
     if kind == "hf" and colon:
         return lambda o: open_hub(rest, o.image_size, o.augment, o.skip_bad, o.seed)
-    if colon and kind.replace(".", "").replace("_", "").isalnum():
+    if is_function(spec):
         return lambda o: open_function(spec, o)
     raise UserError(f"unknown data {spec!r}; {did_you_mean(spec, [*NAMED, *FORMS])}")
+
+
+def is_function(spec: str) -> bool:
+    """Whether `spec` has the form ``package.module:function``."""
+    kind, colon, _ = spec.partition(":")
+    return bool(colon) and kind not in ("folder", "hf") and kind.replace(".", "").replace("_", "").isalnum()
 
 
 def first_balanced(labels: np.ndarray, limit: int) -> np.ndarray:
@@ -336,11 +350,24 @@ def read_binary_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].astype(np.int64)
 
 
-def open_function(spec: str, options: Options) -> Data:
-    """Imports ``package.module:function`` (the current directory counts), calls it, reads its answer."""
-    module_name, _, path = spec.partition(":")
+def open_function(spec: str, options: Options, given: Any = None) -> Data:
+    """What ``package.module:function`` gives (or gave), as data."""
     if options.image_size is not None:
         raise UserError(f"image_size does not apply to {spec}: your function decides the size of its inputs")
+    obj = call_function(spec) if given is None else given
+    try:
+        return as_data(obj, spec, augment=options.augment, seed=options.seed)
+    except UserError as error:
+        raise error if spec in str(error) else UserError(f"{spec}: {error}") from None
+
+
+def call_function(spec: str) -> Any:
+    """Imports ``package.module:function`` (the current directory counts) and calls it.
+
+    Raises:
+        UserError: it is not there, or raises.
+    """
+    module_name, _, path = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -360,10 +387,7 @@ def open_function(spec: str, options: Options) -> Data:
             raise
         except Exception as error:
             raise UserError(f"{spec} raised {type(error).__name__}: {error}") from error
-    try:
-        return as_data(obj, spec, augment=options.augment, seed=options.seed)
-    except UserError as error:
-        raise error if spec in str(error) else UserError(f"{spec}: {error}") from None
+    return obj
 
 
 NAMED: dict[str, Callable[[Options], Data]] = {

@@ -297,7 +297,7 @@ class Relabelled(Samples):
 
 
 def inherit(child: Any, name: str) -> Any:
-    """Facts about the inputs (their normalisation, augmentation, thread safety) come from the parent."""
-    if name in {"mean", "std", "augment", "one_thread"}:
+    """Facts about the inputs (their normalisation, augmentation, thread safety, tokenizer) come from the parent."""
+    if name in {"mean", "std", "augment", "one_thread", "tokenizer"}:
         return getattr(child.parent, name)
     raise AttributeError(f"{type(child).__name__} has no attribute {name!r}")

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from stillhouse.data import Data, Samples, find
 from stillhouse.data.external import choose_splits, column_labels, fetch
-from stillhouse.data.named import first_balanced
+from stillhouse.data.named import call_function, first_balanced, is_function
 from stillhouse.data.samples import as_labels, digest
 from stillhouse.data.sets import divide
 from stillhouse.errors import UserError, did_you_mean
-from stillhouse.models import import_library, import_object
+from stillhouse.models import import_library
 from stillhouse.text.encoding import small_tokenizer
 
 Row = Mapping[str, Any]  # {"text": …, "label": …} and, of a pair, "pair": …
@@ -125,13 +125,21 @@ def hub_rows(spec: str) -> Parts:
     }
 
 
-def rows_of(spec: str) -> Parts | None:
-    """The rows that ``package.module:function`` gives, by part or as a list; None where it gives something else."""
-    made = import_object(spec, "--data")
-    made = made() if callable(made) else made
+def look(spec: str) -> tuple[Parts | None, Any]:
+    """Sentences by name (`open_rows`, or a function's rows, as a list or by part), where that is what is named.
+
+    Returns:
+        (rows by part, None); for anything else (None, what ``package.module:function`` gave, or None), so that a user's
+        function is called once (`stillhouse.data.load` takes it as ``given``).
+    """
+    if names_text(spec):
+        return open_rows(spec), None
+    made = call_function(spec) if is_function(spec) else None
     parts = made if isinstance(made, Mapping) else {"train": made}
-    first = parts["train"][0] if isinstance(parts.get("train"), list) and parts["train"] else None
-    return dict(parts) if isinstance(first, Mapping) and "text" in first else None
+    rows = parts.get("train")
+    if isinstance(rows, list) and rows and isinstance(rows[0], Mapping) and "text" in rows[0]:
+        return dict(parts), None
+    return None, made
 
 
 def with_test(parts: Parts, name: str, seed: int = 0) -> tuple[Parts, tuple[str, ...], tuple[str, ...]]:

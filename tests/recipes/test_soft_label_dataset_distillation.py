@@ -31,6 +31,7 @@ from stillhouse.recipes.soft_label_dataset_distillation.recipe import SoftLabels
 from stillhouse.recipes.soft_label_dataset_distillation.steps import Steps, label_loss
 from stillhouse.recipes.soft_label_dataset_distillation.text_nets import Bag, BiLSTM, TextCNN
 from stillhouse.recipes.soft_label_dataset_distillation.use import TwoClasses, accuracy, train_on
+from stillhouse.text.sentences import open_rows, read_jsonl
 
 NAME = "soft_label_dataset_distillation"
 LENET = ModelSpec("stillhouse:convnet", 10, (1, 8, 8), options={"width": 4, "depth": 1})
@@ -427,7 +428,7 @@ def test_a_text_set_brings_its_words():
 
 @pytest.mark.data
 def test_sst2(data_root):
-    data = sentences.sst2(words=500, width=8, length=16)
+    data = sentences.sentence_data(open_rows("sst2"), "sst2", words=500, width=8, length=16)
     assert (len(data.train), len(data.test), data.classes) == (6920, 872, ("negative", "positive"))
     assert data.shape == (16, 8) and data.train.labels.sum() == 3610 and data.test.labels.sum() == 444
 
@@ -497,13 +498,13 @@ def lines(path, *rows: object):
 def test_bad_files_of_sentences_and_vectors(tmp_path):
     good = {"text": "fine", "label": "yes"}
     with pytest.raises(UserError, match=r"a.jsonl:2: no JSON"):
-        sentences.read_jsonl(lines(tmp_path / "a.jsonl", good, "{"))
+        read_jsonl(lines(tmp_path / "a.jsonl", good, "{"))
     with pytest.raises(UserError, match=r'a.jsonl:2: expected \{"text"'):
-        sentences.read_jsonl(lines(tmp_path / "a.jsonl", good, {"text": 3, "label": 0}))
+        read_jsonl(lines(tmp_path / "a.jsonl", good, {"text": 3, "label": 0}))
     with pytest.raises(UserError, match="holds no sentences"):
-        sentences.read_jsonl(lines(tmp_path / "a.jsonl", ""))
+        read_jsonl(lines(tmp_path / "a.jsonl", ""))
     with pytest.raises(UserError, match="cannot read"):
-        sentences.read_jsonl(tmp_path / "none.jsonl")
+        read_jsonl(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="label 'no', which no training sentence has"):
         sentences.sentence_data({"train": [good] * 9, "test": [{"text": "x", "label": "no"}]}, "mine")
     with pytest.raises(UserError, match=r"v.txt:2: 2 numbers, the lines before have 3"):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from stillhouse.cli import invoke
 from stillhouse.comparisons import as_map
 from stillhouse.distill import Distill
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, logits_of, predict
 from stillhouse.models import ModelSpec
+from stillhouse.options import ClassifierOptions
 from stillhouse.system import Clock
 from stillhouse.teachers import Frozen
 from stillhouse.text import Bag, bag_spec, bert_spec, hub_classifier, sentence_data, small_tokenizer, text_spec
@@ -168,3 +172,45 @@ def test_distilling_between_tokenizers():
 def test_a_spec_builds_the_same_bag_again():
     spec = bag_spec(7, 3, 5)
     assert isinstance(ModelSpec.from_json(spec.to_json()).build(), Bag)
+
+
+def own_code(tmp_path, monkeypatch, body):
+    (tmp_path / "mine.py").write_text("calls = []\n" + body)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_function_of_ones_own_is_called_once(tmp_path, monkeypatch):
+    """Whether it gives sentences or images."""
+    answer = "[{'text': w + ' film', 'label': w} for w in ('good', 'bad')] * 6"
+    pictures = "np.zeros((20, 1, 8, 8), 'float32'), np.arange(20) % 2"
+    body = f"import numpy as np\ndef rows():\n    calls.append(1)\n    return {answer}\n"
+    own_code(tmp_path, monkeypatch, f"{body}def images():\n    calls.append(1)\n    return {pictures}\n")
+    text = ClassifierOptions(Path("x"), data="mine:rows").load_data("digits")
+    calls = importlib.import_module("mine").calls
+    assert text.classes == ("bad", "good") and len(calls) == 1
+    assert ClassifierOptions(Path("x"), data="mine:images").load_data("digits").shape == (1, 8, 8) and len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--data", "mine:broken"], "mine:broken raised ValueError: no such table"),
+     (["--data", "mine:rows", "--image-size", "8"], "of images"),
+     (["--data", "mine:rows", "--label-noise", "2"], "label_noise must be a fraction"),
+     (["--data", "mine:rows", "--model", "torchvision:resnet18"], "expected bag, bert")],
+    ids=["raises", "image size", "noise", "model"],
+)  # fmt: skip
+def test_mistakes_with_ones_own_sentences_are_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    own_code(tmp_path, monkeypatch, "def rows():\n    return [{'text': w, 'label': w} for w in ('good', 'bad')] * 6\n"
+             "def broken():\n    raise ValueError('no such table')\n")  # fmt: skip
+    assert invoke(["distill", *flags, "--teacher", "bag", "--teacher-epochs", "1", "--quiet", "--out", "run"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said and "\n" not in said
+
+
+def test_labels_of_sentences_can_be_noisy(tmp_path):
+    written(tmp_path / "train.jsonl", ROWS)
+    clean, noisy = (
+        ClassifierOptions(Path("x"), data=str(tmp_path), label_noise=n).load_data("digits") for n in (0, 0.5)
+    )
+    assert (clean.train.labels != noisy.train.labels).sum() == 5 and any("wrong" in n for n in noisy.notes)
+    assert noisy.train.tokenizer.get_vocab() == clean.train.tokenizer.get_vocab()

@@ -8,17 +8,16 @@ stillhouse run soft_label_dataset_distillation --data sst2 --samples 20 --passes
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stillhouse.data import Data, as_data, load
+from stillhouse.data import Data, load
 from stillhouse.engine import Run
 from stillhouse.evaluate import environment, spread
-from stillhouse.models import ModelSpec, import_object
+from stillhouse.models import ModelSpec
 from stillhouse.options import ImageOptions
 from stillhouse.outcomes import DataSet
 from stillhouse.recipes.soft_label_dataset_distillation import arms as compared
@@ -28,6 +27,7 @@ from stillhouse.recipes.soft_label_dataset_distillation.config import Config
 from stillhouse.recipes.soft_label_dataset_distillation.pictures import label_table, preview, step_size_curve
 from stillhouse.recipes.soft_label_dataset_distillation.recipe import distill
 from stillhouse.report import Claim, Image, Report
+from stillhouse.text.sentences import look
 from stillhouse.trials import trials
 
 
@@ -104,21 +104,10 @@ def open_data(options: SetOptions) -> tuple[Data, str]:
     """The data named by ``--data``, and what its samples are called."""
     how: dict[str, Any] = {k: getattr(options, k) for k in ("words", "width", "length", "vectors")}
     name = options.data or "digits"
-    if name == "sst2":
-        return sentences.sst2(**how), "embeddings"
-    how["seed"] = options.seed
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return sentences.sentence_data({"train": sentences.read_jsonl(Path(name))}, name, **how), "embeddings"
-    data: Data | None = None
-    if ":" in name and name.partition(":")[0] not in ("folder", "hf"):
-        made = import_object(name, "--data")
-        made = made() if callable(made) else made
-        parts = made if isinstance(made, Mapping) else {"train": made}
-        first = parts["train"][0] if isinstance(parts.get("train"), list) and parts["train"] else None
-        if isinstance(first, Mapping) and "text" in first:
-            return sentences.sentence_data(parts, name, **how), "embeddings"
-        data = as_data(made, name, augment=options.augment, seed=options.seed)
-    data = data or options.load_data("digits")
+    parts, given = look(name)
+    if parts is not None:
+        return sentences.sentence_data(parts, name, seed=options.seed, **how), "embeddings"
+    data = options.load_data("digits", given=given)
     return data, "images" if len(data.shape) == 3 else "features"
 
 

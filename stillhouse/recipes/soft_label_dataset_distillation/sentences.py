@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.data import Data, Samples, find
-from stillhouse.data.samples import as_labels, digest, packed
-from stillhouse.data.sets import divide
+from stillhouse.data import Data, Samples
+from stillhouse.data.samples import digest, packed
 from stillhouse.errors import UserError
 from stillhouse.outcomes import DataSet
 from stillhouse.system import fold
+from stillhouse.text.sentences import Parts, labels_of, lines_of, with_test
 
 WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
 Texts = tuple[list[str], np.ndarray]
@@ -175,44 +172,8 @@ def name_distances(names: Sequence[str], path: Path) -> Tensor:
     return torch.cdist(torch.stack(means), torch.stack(means))
 
 
-def lines_of(path: Path) -> list[str]:
-    try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def read_jsonl(path: Path) -> list[Mapping[str, Any]]:
-    """One object ``{"text": …, "label": …}`` a line."""
-    rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(lines_of(path), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: no JSON ({error.msg})") from None
-        if row is None:
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str) or "label" not in row:
-            raise UserError(f'{path}:{number}: expected {{"text": "…", "label": …}}, got {line[:80]!r}')
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path} holds no sentences")
-    return rows
-
-
-def as_texts(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Texts:
-    """Texts and labels 0…C−1 of rows whose labels are names of `classes`."""
-    position = {name: i for i, name in enumerate(classes)}
-    for i, r in enumerate(rows):
-        if str(r["label"]) not in position:
-            raise UserError(f"sentence {i} has label {r['label']!r}, which no training sentence has")
-    labels = as_labels(np.array([position[str(r["label"])] for r in rows]), len(rows), "labels")
-    return [r["text"] for r in rows], labels
-
-
 def sentence_data(
-    parts: Mapping[str, Sequence[Mapping[str, Any]]],
+    parts: Parts,
     name: str,
     *,
     words: int = 5000,
@@ -229,16 +190,10 @@ def sentence_data(
         length: words of a sentence; longer ones are cut, shorter ones padded.
         vectors: a file of word vectors.
     """
-    if "train" not in parts or min(words, width, length) < 2:
-        raise UserError(f"{name}: sentences need a train part, and words, width and length of at least 2")
-    classes = sorted({str(r["label"]) for r in parts["train"]})
-    made = {k: as_texts(rows, classes) for k, rows in parts.items()}
-    notes: tuple[str, ...] = ()
-    if "test" not in made:
-        (texts, labels), whole = made["train"], len(made["train"][0])
-        for key, ids in zip(("train", "test"), divide(labels, 0.2, seed), strict=True):
-            made[key] = [texts[i] for i in ids], labels[ids]
-        notes = (f"test: {len(made['test'][0])} of {whole} sentences, set apart by class with seed {seed}",)
+    if min(words, width, length) < 2:
+        raise UserError(f"{name}: words, width and length must be at least 2, got {words}, {width}, {length}")
+    parts, classes, notes = with_test(parts, name, seed)
+    made = {k: ([r["text"] for r in parts[k]], labels_of(parts[k], classes)) for k in ("train", "test")}
     if vectors is None:
         vocabulary = co_occurrence(made["train"][0], words, width)
         notes += ("word vectors were learned on the training sentences, without labels",)
@@ -247,11 +202,3 @@ def sentence_data(
         vocabulary = read_vectors(vectors, [w for w, _ in seen.most_common(words)])
     train, test = (Sentences(made[k], vocabulary, length, classes) for k in ("train", "test"))
     return Data(name, train, test, notes=notes)
-
-
-def sst2(**how: Any) -> Data:
-    """SST-2 in $STILLHOUSE_DATA: 6,920 training and 872 dev sentences (as test part)."""
-    folder = find("sst2")
-    rows = {k: read_jsonl(folder / f"{f}.jsonl.gz") for k, f in (("train", "train"), ("test", "dev"))}
-    named = {k: [{**r, "label": ("negative", "positive")[int(r["label"])]} for r in v] for k, v in rows.items()}
-    return sentence_data(named, "sst2", **how)
