@@ -144,7 +144,7 @@ class Distill(System):
             assert said is not None
             name = o.name if o.name not in terms else f"{o.name} {k}"
             terms[name] = o.at(clock) * self._compare(k, o, z, seen, said, batch).mean()
-        y = batch["label"] if batch["label"].dim() == 1 else batch["label"].argmax(-1)  # labels may be mixed
+        y = batch["label"].argmax(-1) if batch["label"].is_floating_point() else batch["label"]  # may be mixed
         correct = (z.detach().argmax(-1) == y).float().mean()
         return Terms(**terms).note(accuracy=correct)
 

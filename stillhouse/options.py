@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stillhouse.data import Data
     from stillhouse.engine import Run
     from stillhouse.models import ModelSpec
+    from stillhouse.text.language import Corpus
 
 
 @dataclass(frozen=True)
@@ -170,3 +171,37 @@ class ClassifierOptions(ImageOptions):
         from stillhouse.text.classifiers import text_spec
 
         return text_spec(name, data, width=self.width, layers=self.layers, dropout=self.dropout)
+
+
+@dataclass(frozen=True)
+class LanguageOptions(Options):
+    """Options of systems for decoder-only language models."""
+
+    model: str | None = None  # llama (from scratch), hf:NAME or its folder, package.module:function
+    data: str | None = None  # python-reference, shakespeare, wikitext2, names, FILE.txt[.gz], hf:NAME?text=COLUMN
+    tokenizer: str | None = None  # one of transformers (default: the model's own, or made from the text)
+    tokens: Literal["char", "word"] = "char"  # of a tokenizer made from the text
+    length: int = 64  # tokens of a window
+    limit: int | None = None  # use only so many characters of the text
+    width: int = 96  # of llama: the residual stream
+    layers: int = 4  # of llama
+    heads: int = 4  # of llama: of the queries
+    kv_heads: int | None = None  # of llama: of keys and values (default: as many as heads)
+
+    def corpus(self, default: str = "python-reference") -> Corpus:
+        """The text named by ``--data``, or `default`, as windows of token ids."""
+        from stillhouse.text.language import corpus
+        from stillhouse.text.sentences import tokenizer_by_name
+
+        own = self.tokenizer or (self.model or "").partition("hf:")[2]
+        tokenizer = tokenizer_by_name(own) if own else None
+        return corpus(
+            self.data or default, length=self.length, tokens=self.tokens, tokenizer=tokenizer, limit=self.limit
+        )
+
+    def network(self, text: Corpus) -> tuple[ModelSpec, nn.Module | None]:
+        """The model named by ``--model`` (default: llama): how it is built, and with its weights where it has some."""
+        from stillhouse.text.language import language_model
+
+        sizes = {"width": self.width, "layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads}
+        return language_model(self.model or "llama", text, **sizes)

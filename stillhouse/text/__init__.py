@@ -3,6 +3,17 @@
 from stillhouse.text.arithmetic import evaluate, same_value
 from stillhouse.text.classifiers import Bag, bag_spec, bert_spec, hub_classifier, text_spec
 from stillhouse.text.encoding import Codec, small_tokenizer
+from stillhouse.text.language import (
+    Corpus,
+    Training,
+    Windows,
+    corpus,
+    language_model,
+    language_models,
+    llama_spec,
+    nats,
+    train_language_model,
+)
 from stillhouse.text.parsers import KINDS, Kind
 from stillhouse.text.sentences import Sentences, open_rows, sentence_data
 from stillhouse.text.seq2seq import (
@@ -25,23 +36,31 @@ __all__ = [
     "Answerer",
     "Bag",
     "Codec",
+    "Corpus",
     "Example",
     "Kind",
     "Sentences",
     "Task",
     "TextMember",
     "TextModels",
+    "Training",
     "View",
     "Views",
+    "Windows",
     "bag_spec",
     "bert_spec",
+    "corpus",
     "encode",
     "evaluate",
     "generate",
     "gru_spec",
     "hub_classifier",
+    "language_model",
+    "language_models",
+    "llama_spec",
     "load",
     "model_inputs",
+    "nats",
     "open_rows",
     "open_task",
     "parse_report",
@@ -52,5 +71,6 @@ __all__ = [
     "t5_spec",
     "text_spec",
     "token_nll",
+    "train_language_model",
     "with_adapters",
 ]
