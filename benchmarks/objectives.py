@@ -1,29 +1,28 @@
-"""Every objective of `stillhouse distill` on CIFAR-10: ResNet-56 with published weights into ResNet-20, equal steps.
+"""Every objective of `stillhouse distill`, equal steps: CIFAR-10 (ResNet-56 into ResNet-20), SST-2 (BERT into BERT).
 
-    .venv/bin/python benchmarks/objectives.py --seeds 3 --jobs 2 --out runs/objectives
+    .venv/bin/python benchmarks/objectives.py --seeds 3 --precision bf16 --out runs/objectives
+    .venv/bin/python benchmarks/objectives.py --pair text --seeds 3 --out runs/objectives
     .venv/bin/python benchmarks/objectives.py --quick --out /tmp/objectives    # a few minutes, to see that it works
     .venv/bin/python benchmarks/objectives.py --values     # loss values beside torchdistill's and timm's
     .venv/bin/python benchmarks/objectives.py --speed      # KD + one feature term: steps per second beside torchdistill
 
-Every (arm, seed) is a run in a folder of its own under --out: an interrupted one is resumed, a finished one read back.
-Students learn from batches 1–4. The teacher's weights have seen all five training batches, so it is judged, and
-agreement with it is measured, on the first 1,000 official test images (standard error near 0.8 points); batch 5, which
-no student has seen, stands beside it for the students alone. STILLHOUSE_DATA names the folder with data and weights.
+Every (arm, seed) is a run in a folder of its own under --out: an interrupted one is resumed, a finished one read back;
+all arms of a seed come before the next seed. STILLHOUSE_DATA names the folder with data and weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from common import pm, remember, table, write
+from objective_pairs import PAIRS, Arms, Task, asked
 from objective_values import ALONE, APART, TOLERANCE, compared
 from perf_jobs import by_fit, by_torchdistill, images
 from performance import memory
@@ -31,115 +30,43 @@ from rounds import side_by_side
 
 import torch  # isort: skip
 
-import numpy as np
-
 from stillhouse.comparisons import KNOWN, Objective
-from stillhouse.data import Data, Samples, load
-from stillhouse.data.named import CIFAR10_MEAN, CIFAR10_STD
+from stillhouse.data import Data
 from stillhouse.engine import Run
 from stillhouse.evaluate import classification, environment, fidelity
-from stillhouse.models import ModelSpec
 from stillhouse.recipes.distill import Config, distill
-from stillhouse.teacher_options import filled
-from stillhouse.teachers import Frozen
 from stillhouse.trials import difference
-
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what the published weights were trained with
-# Objectives and the weight of the labels: those of the papers or of the code most compare with (RepDistiller), brought
-# to our definitions: where that code takes the mean over positions or over n² pairs, the weight is divided by these.
-ARMS: dict[str, tuple[tuple[str, ...], float]] = {
-    "labels": ((), 1.0),
-    "kd": (("kd:0.9?T=4",), 0.1),
-    "reverse": (("reverse:0.9?T=4",), 0.1),
-    "symmetric": (("symmetric:0.9?T=4",), 0.1),
-    "js": (("js:3.6?T=4",), 0.1),  # near agreement JS is a quarter of KL
-    "standardised": (("standardised:9?T=2",), 0.1),
-    "dist": (("dist:1?T=4&beta=2&gamma=2",), 1.0),
-    "dkd": (("dkd:1?T=4&alpha=1&beta=2&ramp=0.08",), 1.0),
-    "pld": (("pld:1?T=3",), 0.0),  # holds the label's cross-entropy itself
-    "logit-mse": (("logit-mse:1",), 0.1),
-    "pseudo": (("pseudo:0.9",), 0.1),
-    "feature": (("feature:layer2:100",), 1.0),
-    "cosine": (("cosine:linear:in:1",), 1.0),
-    "softmax": (("softmax:linear:in:1",), 1.0),
-    "overhaul": (("overhaul:layer3:0.001",), 1.0),  # behind the last ReLU: the sum before it is no module here
-    "vid": (("vid:layer3:1",), 1.0),
-    "attention": (("attention:layer1:1", "attention:layer2:4", "attention:layer3:16"), 1.0),  # 1000 / positions
-    "nst": (("nst:layer3:50",), 1.0),
-    "icc": (("icc:layer3:2.5",), 1.0),
-    "similarity": (("similarity:layer3:3000",), 1.0),
-    "rkd": (("rkd-distance:linear:in:25", "rkd-angle:linear:in:50"), 1.0),
-    "pkt": (("pkt:linear:in:234",), 1.0),  # 30,000 / batch
-    "cka": (("cka:layer3:1",), 1.0),
-    "mi": (("mi:linear:in:1",), 1.0),
-    "contrastive": (("contrastive:linear:in:0.8",), 1.0),
-    "flow": (("flow:layer1>layer2:50", "flow:layer2>layer3:50"), 1.0),
-    "simkd": (("simkd:1",), 0.0),
-    "kd + attention": (("kd:0.9?T=4", "attention:layer1:1", "attention:layer2:4", "attention:layer3:16"), 0.1),
-}
-QUICK = ["labels", "kd", "attention", "simkd"]
-OWN = (CIFAR10_MEAN, CIFAR10_STD, *IMAGENET)
-SHAPE = (3, 32, 32)
-
-
-@dataclass(frozen=True)
-class Task:
-    """One run; everything that its result depends on."""
-
-    arm: str
-    seed: int
-    steps: int
-    batch: int
-    limit: int | None
-
-    def folder(self, out: str) -> Path:
-        return Path(out) / self.arm.replace(" ", "") / f"seed{self.seed}"
-
-
-def teacher() -> torch.nn.Module:
-    """ResNet-56 with the weights of the data folder."""
-    path = Path(os.environ.get("STILLHOUSE_DATA", "")) / "resnet-cifar10-weights" / "resnet56.safetensors"
-    return filled(ModelSpec("stillhouse:resnet56", 10, SHAPE).build(), path)
-
-
-@torch.no_grad()
-def asked(model: torch.nn.Module, samples: Samples, device: Any) -> torch.Tensor:
-    """The teacher's logits, its input normalised as its weights expect."""
-    frozen, parts = Frozen(model.to(device), normalize=OWN), []
-    for start in range(0, len(samples), 500):
-        batch = samples.take(np.arange(start, min(start + 500, len(samples))))
-        parts.append(frozen({"input": batch["input"].to(device)}).logits.float().cpu())
-    return torch.cat(parts)
 
 
 def work(task: Task, out: str, device: str) -> dict[str, Any]:
     """Runs one task, or reads its result back."""
     torch.set_num_threads(1)
-    folder = task.folder(out)
+    folder, pair = task.folder(out), PAIRS[task.pair]
+    objectives, label = pair.arms[task.arm]
 
     def make() -> dict[str, Any]:
-        data, master = load("cifar10", limit=task.limit, seed=task.seed), teacher()
-        objectives, label = ARMS[task.arm]
-        steps_per_epoch = len(data.train) // task.batch
-        cfg = Config(objective=objectives, label=label, batch=task.batch, epochs=task.steps / steps_per_epoch)
+        data = pair.data(task)
+        master = pair.teacher(out, data)
+        epochs = task.steps / (len(data.train) // task.batch)
+        cfg = Config(objective=objectives, label=label, batch=task.batch, epochs=epochs, **pair.optimizer)
         fresh, before = not (folder / "stages").exists(), memory(device, reset=True)
-        run = Run(folder, seed=task.seed, device=device, quiet=True)
-        family = distill(run, data, ModelSpec("stillhouse:resnet20", 10, SHAPE), master, cfg, normalize=OWN)
+        run = Run(folder, seed=task.seed, device=device, precision=task.precision, quiet=True)
+        family = distill(run, data, pair.student(data), master, cfg, normalize=pair.normalize)
         assert family.cost["steps"] == task.steps, (family.cost["steps"], task.steps)
         peak = memory(device) - before
         cost = {"seconds": family.cost["seconds"], "peak_bytes": peak} if fresh else {}  # of a part of a run: of no use
-        return {**judged(family, master, data, run.device), **cost}
+        return {**judged(pair, family, master, data, run.device), **cost}
 
-    settings = {"seed": task.seed, "steps": task.steps, "batch": task.batch, "limit": task.limit, "arm": ARMS[task.arm]}
+    settings = {**asdict(task), "arm": [list(objectives), label]}
     return remember(folder / "result.json", settings, make)
 
 
-def judged(family: Any, master: torch.nn.Module, data: Data, device: Any) -> dict[str, Any]:
-    """The student on the official test images and on batch 5, and how close it is to its teacher on the former."""
-    test = data.extra["test_first1000"]
+def judged(pair: Any, family: Any, master: torch.nn.Module, data: Data, device: Any) -> dict[str, Any]:
+    """The student on both test parts, and how close it is to its teacher on the first."""
+    test, beside = pair.judged_on(data)
     (z,), y = family.logits(test, device)
-    (other,), labels = family.logits(data.test, device)
-    t = asked(master, test, device)
+    (other,), labels = family.logits(beside, device)
+    t = asked(master, test, device, pair.normalize)
     found = {k: v for k, v in classification(z, y).items() if k in ("accuracy", "nll", "ece")}
     held = classification(other, labels)["accuracy"]
     return {**found, **fidelity(t, z), "held_out": held, "teacher": classification(t, y)["accuracy"]}
@@ -165,16 +92,16 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace) -> dict[str, list[d
 
 
 HEADS = [
-    "arm", "objectives", "accuracy %", "… minus labels (95 % over seeds)", "batch 5 %", "agrees with the teacher %",
+    "arm", "objectives", "accuracy %", "… minus labels (95 % over seeds)", "beside %", "agrees with the teacher %",
     "KL from the teacher", "NLL", "seconds", "peak MiB",
 ]  # fmt: skip
 
 
-def rows(results: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+def rows(results: dict[str, list[dict[str, Any]]], arms: Arms) -> list[list[str]]:
     """One row per arm."""
     made, plain = [], {r["settings"]["seed"]: r for r in results.get("labels", [])}
     for arm, rs in results.items():
-        objectives, label = ARMS[arm]
+        objectives, label = arms[arm]
         text = " + ".join([*([f"{label:g} · labels"] if label else []), *objectives])
         both = [(r, plain[r["settings"]["seed"]]) for r in rs if r["settings"]["seed"] in plain]
         gain = "–"
@@ -192,24 +119,29 @@ def rows(results: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
 
 
 def do_arms(args: argparse.Namespace) -> None:
-    arms = args.arms or (QUICK if args.quick else list(ARMS))
-    tasks = [Task(arm, seed, args.steps, args.batch, args.limit) for arm in arms for seed in range(args.seeds)]
+    pair = PAIRS[args.pair]
+    arms = args.arms or (pair.quick if args.quick else list(pair.arms))
+    if unknown := set(arms) - set(pair.arms):
+        raise SystemExit(f"{', '.join(sorted(unknown))}: no arm of {args.pair}; it has {', '.join(pair.arms)}")
+    how = (args.steps or pair.steps, args.batch or pair.batch, args.limit, args.precision)
+    tasks = [Task(args.pair, arm, seed, *how) for seed in range(args.seeds) for arm in arms]
+    if args.pair == "text":
+        pair.teacher(args.out, pair.data(tasks[0]))  # once, before several processes ask for it
     results = run_all(tasks, args)
     if results:
         best = next(iter(results.values()))[0]["teacher"]
-        used = {Objective.parse(o).name for terms, _ in ARMS.values() for o in terms}
+        used = {Objective.parse(o).name for terms, _ in pair.arms.values() for o in terms}
         lines = [
-            table(HEADS, rows(results)),
-            f"Mean ± standard deviation over {args.seeds} seeds; {args.steps} steps of {args.batch}, batches 1–4, "
-            f"crops and flips; {args.jobs} run(s) at a time, device {args.device}. Accuracy, agreement, KL and NLL are "
-            f"on the first 1,000 official test images, where the teacher has {100 * best:.1f} %; the teacher has seen "
-            "batch 5, the students have not. Seconds and memory are of runs that were not interrupted; memory is what "
-            "a run takes at its peak above what the data and the teacher take before it.",
+            table(HEADS, rows(results, pair.arms)),
+            f"Mean ± standard deviation over {args.seeds} seeds; {how[0]} steps of {how[1]}, {args.precision}; "
+            f"{pair.about}. The teacher has {100 * best:.1f} %. {args.jobs} run(s) at a time, device {args.device}; "
+            "seconds and memory are of runs that were not interrupted; memory is what a run takes at its peak above "
+            "what the data and the teacher take before it.",
             *([f"Not measured: {', '.join(sorted(set(KNOWN) - used))}."] if set(KNOWN) - used else []),
         ]
         text = "\n\n".join(lines)
-        write(Path(args.out) / "report.json", {"environment": environment(), "results": results})
-        (Path(args.out) / "report.md").write_text(text + "\n")
+        write(Path(args.out) / args.pair / "report.json", {"environment": environment(), "results": results})
+        (Path(args.out) / args.pair / "report.md").write_text(text + "\n")
         print("\n" + text + "\n", flush=True)
     if args.failed:
         raise SystemExit(f"{len(args.failed)} run(s) failed; start again to repeat only these")
@@ -237,6 +169,7 @@ def do_values(args: argparse.Namespace) -> None:
 
 def do_speed(args: argparse.Namespace) -> None:
     """KD and the mean squared difference of the last feature maps: a block of steps each in turn."""
+    args.batch = args.batch or 128
     args.samples, args.size, args.student, args.teacher = 2048, 32, "stillhouse:resnet20", "stillhouse:resnet56"
     if args.quick:
         args.samples, args.size, args.student, args.teacher = 256, 16, "stillhouse:resnet8", "stillhouse:resnet20"
@@ -260,11 +193,13 @@ def do_speed(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all")
+    parser.add_argument("--pair", choices=PAIRS, default="images", help="images: CIFAR-10; text: SST-2")
+    parser.add_argument("--arms", nargs="+", help="default: all of the pair")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--steps", type=int, default=3120, help="optimiser steps of every arm (312 are an epoch)")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--limit", type=int, help="training images (default: 40,000)")
+    parser.add_argument("--steps", type=int, help="optimiser steps of every arm (default: 400)")
+    parser.add_argument("--batch", type=int, help="samples per step (default: 64)")
+    parser.add_argument("--limit", type=int, help="training samples (default: all)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--values", action="store_true", help="loss values beside torchdistill 1.1.5 and timm")
     parser.add_argument("--speed", action="store_true", help="KD + one feature term beside torchdistill 1.1.5")

@@ -204,8 +204,8 @@ def corpus(
     if tokenizer is None:
         tokenizer = small_tokenizer([text], level=tokens, min_count=2 if tokens == "word" else 1)
         notes += (f"tokens: {'characters' if tokens == 'char' else 'words that come twice in the training text'}",)
-    made = [Windows(_ids(tokenizer, part), length, len(tokenizer)) for part in (text, test)]
-    return Corpus(spec, *made, tokenizer, notes)
+    train, held = (Windows(_ids(tokenizer, part), length, len(tokenizer)) for part in (text, test))
+    return Corpus(spec, train, held, tokenizer, notes)
 
 
 def _ids(tokenizer: Any, text: str) -> np.ndarray:
@@ -246,7 +246,7 @@ def llama_spec(
         raise UserError(f"{kv_heads} key-value heads do not divide {heads} heads")
     sizes = {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": hidden or -(-width // 3) * 8}
     depth = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    more = {"max_position_embeddings": length, "use_cache": False, "tie_word_embeddings": False}
+    more: dict[str, Any] = {"max_position_embeddings": length, "use_cache": False, "tie_word_embeddings": False}
     more |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
     return ModelSpec("transformers:LlamaForCausalLM", vocabulary, (length,), options={**sizes, **depth, **more})
 
