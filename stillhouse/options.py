@@ -78,7 +78,7 @@ class ImageOptions(Options):
     image_size: int | None = None  # side of the square images, for folder: and hf: (default: at most 224)
     limit: int | None = None  # use only this many training samples, balanced over the classes
     label_noise: float = 0.0  # part of the training labels to replace by wrong ones
-    augment: str | None = None  # none, flip, crop-flip, resized-crop-flip (default: what the data set is used to)
+    augment: str | None = None  # none, flip, crop-flip, resized-crop-flip; + autoaugment, randaugment, trivialaugment
     skip_bad: bool = False  # count and skip images that cannot be read, instead of stopping
 
     def load_data(self, default: str, *, given: Any = None) -> Data:

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from stillhouse.data.samples import Samples, check_augment, digest, draws, normalise, packed
+from stillhouse.data.policies import augmented, split_augment
+from stillhouse.data.samples import Samples, digest, draws, normalise, packed
 from stillhouse.errors import UserError
 
 IMAGE_AUGMENTS = ("none", "flip", "resized-crop-flip")
@@ -52,7 +53,8 @@ class Images(Samples):
         y: (N,) labels.
         classes: class names.
         image_size: side of the input in pixels.
-        augment: "none", "flip" (centre, mirrored half of the time) or "resized-crop-flip".
+        augment: "none", "flip" (centre, mirrored half of the time) or "resized-crop-flip"; with a policy behind it as
+            "resized-crop-flip+randaugment" (`stillhouse.data.policies`).
         mean, std: three numbers each, for inputs in 0…1; by default those of ImageNet.
         skip_bad: decode everything now, leave out what cannot be read and list it in `skipped`.
 
@@ -72,7 +74,7 @@ class Images(Samples):
         std: Sequence[float] = IMAGENET_STD,
         skip_bad: bool = False,
     ):
-        check_augment(augment, IMAGE_AUGMENTS)
+        self.base, self.policy = split_augment(augment, IMAGE_AUGMENTS)
         if image_size < 1:
             raise UserError(f"image_size must be a positive number of pixels, got {image_size}")
         self.files, self.labels = list(files), np.asarray(y, dtype=np.int64)
@@ -126,17 +128,19 @@ class Images(Samples):
 
     def take(self, ids: np.ndarray, *, view: int | None = None, seed: int = 0) -> dict[str, Tensor]:
         ids = np.asarray(ids, dtype=np.int64)
-        random = view is not None and self.augment != "none"
+        random = view is not None and self.base != "none"
         u = draws(seed, view if view is not None else 0, ids, 5).tolist() if random else None
         out = np.empty((len(ids), 3, self.size, self.size), np.uint8)
         for row, i in enumerate(ids.tolist()):
             picture = self._decode(i)
             box = centre_box(*picture.size, self.size)
-            if u is not None and self.augment == "resized-crop-flip":
+            if u is not None and self.base == "resized-crop-flip":
                 box = random_box(*picture.size, u[row])
             pixels = np.asarray(picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
             mirrored = u is not None and u[row][4] < 0.5
             out[row] = (pixels[:, ::-1] if mirrored else pixels).transpose(2, 0, 1)
+        if view is not None and self.policy:
+            out = augmented(self.policy, out, seed, view, ids)
         return packed(normalise(out, self.mean, self.std), self.labels[ids], ids)
 
 

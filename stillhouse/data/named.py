@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from stillhouse.data.external import open_folder, open_hub
-from stillhouse.data.samples import ARRAY_AUGMENTS, Arrays, Relabelled, Subset
+from stillhouse.data.samples import Arrays, Relabelled, Subset
 from stillhouse.data.sets import Data, as_data, from_arrays
 from stillhouse.errors import UserError, did_you_mean
 
@@ -81,7 +81,7 @@ def load(
         limit: keep the first `limit` TRAINING samples, the classes balanced.
         skip_bad: leave out images that cannot be decoded and say so in the notes.
         label_noise: fraction of TRAINING labels replaced by another class, in [0, 1).
-        augment: training augmentation instead of the usual one.
+        augment: training augmentation instead of the usual one; a policy may stand behind it, ``flip+randaugment``.
         seed: of the label noise and of test parts that have to be set apart (not of "digits", always 0).
 
         given: what the function that `spec` names gave, where it was called already.
@@ -185,13 +185,6 @@ def resized(x: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def array_augment(options: Options, usual: str, name: str) -> str:
-    chosen = options.augment or usual
-    if chosen not in ARRAY_AUGMENTS:
-        raise UserError(f"unknown augment {chosen!r} for {name}: {did_you_mean(chosen, ARRAY_AUGMENTS)}")
-    return chosen
-
-
 def open_digits(options: Options) -> Data:
     """scikit-learn's 1,797 handwritten digits of 8 × 8 pixels; the same 70 % train and 30 % test always."""
     from sklearn.datasets import load_digits
@@ -200,7 +193,7 @@ def open_digits(options: Options) -> Data:
     x = (raw.images[:, None] / 16).astype(np.float32)
     if options.image_size:
         x = resized(x, options.image_size)
-    augment = array_augment(options, "none", "digits")
+    augment = options.augment or "none"
     return from_arrays(x, raw.target, test_fraction=0.3, augment=augment, name="digits", seed=0)
 
 
@@ -248,7 +241,7 @@ def open_idx(options: Options, name: str, torch_name: str, classes: tuple[str, .
     how: dict[str, Any] = {"classes": classes, "mean": [mean], "std": [std]}
     x = {k: read_idx(p) for k, p in files.items()}
     test = array_part(x["t10k-images-idx3-ubyte"][:, None], x["t10k-labels-idx1-ubyte"], options, **how)
-    augment = array_augment(options, "none", name)
+    augment = options.augment or "none"
     images, labels = x["train-images-idx3-ubyte"][:, None], x["train-labels-idx1-ubyte"]
     return Data(name, array_part(images, labels, options, augment=augment, **how), test)
 
@@ -301,7 +294,7 @@ def packed_train(paths: list[Path], limit: int | None) -> tuple[np.ndarray, np.n
 def open_cifar10(options: Options) -> Data:
     """CIFAR-10: the official split where it is at hand, else batches 1–4 against batch 5 (see the notes)."""
     how: dict[str, Any] = {"classes": CIFAR10, "mean": CIFAR10_MEAN, "std": CIFAR10_STD}
-    augment = array_augment(options, "crop-flip", "cifar10")
+    augment = options.augment or "crop-flip"
     for folder in [p / sub for p in options.places for sub in ("cifar10", ".")]:
         files = [folder / f"train_batch_{k}.npz" for k in range(1, 6)]
         if not files[0].is_file():

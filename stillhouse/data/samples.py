@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.errors import UserError, did_you_mean
+from stillhouse.data.policies import augmented, split_augment
+from stillhouse.errors import UserError
 from stillhouse.system import fold
 
 ARRAY_AUGMENTS = ("none", "flip", "crop-flip")
@@ -75,7 +76,7 @@ def draws(seed: int, view: int, ids: np.ndarray, count: int) -> np.ndarray:
 
     Args:
         ids: (n,) integer sample ids.
-        count: how many numbers each sample needs (at most 16).
+        count: how many numbers each sample needs.
 
     Returns:
         (n, count) float64.
@@ -85,7 +86,7 @@ def draws(seed: int, view: int, ids: np.ndarray, count: int) -> np.ndarray:
         >>> bool((many[7] == one[0]).all())
         True
     """
-    counter: Any = ids.astype(np.uint64)[:, None] * np.uint64(16) + np.arange(count, dtype=np.uint64)
+    counter: Any = ids.astype(np.uint64)[:, None] * np.uint64(max(16, count)) + np.arange(count, dtype=np.uint64)
     x: Any = counter * np.uint64(0x9E3779B97F4A7C15) + np.uint64(fold(seed, "augment", view))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -150,7 +151,8 @@ class Arrays(Samples):
         y: (N,) integer labels in 0…C−1.
         classes: class names; by default the numbers up to the largest label.
         mean, std: per index of axis 1 (channel or feature), in units of the scaled input; None leaves it.
-        augment: "none", "flip", or "crop-flip" (zero padding of 4 pixels), for (N, C, H, W) only.
+        augment: "none", "flip", or "crop-flip" (zero padding of 4 pixels), for (N, C, H, W) only; images of bytes may
+            add a policy, "crop-flip+randaugment" (`stillhouse.data.policies`).
 
     Raises:
         UserError: x and y do not fit each other, or `augment` does not fit x.
@@ -181,9 +183,11 @@ class Arrays(Samples):
         self.shape = tuple(int(d) for d in x.shape[1:])
         top = int(self.labels.max()) + 1 if len(x) else 0
         self.classes = tuple(classes) if classes is not None else tuple(str(i) for i in range(top))
-        check_augment(augment, ARRAY_AUGMENTS)
+        self.base, self.policy = split_augment(augment, ARRAY_AUGMENTS)
         if augment != "none" and len(self.shape) != 3:
             raise UserError(f"augment={augment!r} needs images (N, C, H, W), got x of shape {x.shape}; use 'none'")
+        if self.policy and (self.x.dtype != np.uint8 or self.shape[0] not in (1, 3)):
+            raise UserError(f"augment={augment!r} needs uint8 images of 1 or 3 channels, got {x.dtype} {x.shape}")
         self.augment, self.mean, self.std = augment, mean, std
 
     @cached_property
@@ -193,20 +197,16 @@ class Arrays(Samples):
     def take(self, ids: np.ndarray, *, view: int | None = None, seed: int = 0) -> dict[str, Tensor]:
         ids = np.asarray(ids, dtype=np.int64)
         x = self.x[ids]
-        if view is not None and self.augment != "none":
-            pad = PAD if self.augment == "crop-flip" else 0
-            x = crop_flip(x, draws(seed, view, ids, 3), pad=pad)
+        if view is not None and self.base != "none":
+            x = crop_flip(x, draws(seed, view, ids, 3), pad=PAD if self.base == "crop-flip" else 0)
+        if view is not None and self.policy:
+            x = augmented(self.policy, x, seed, view, ids)
         return packed(normalise(x, self.mean, self.std), self.labels[ids], ids)
 
 
 def packed(x: Tensor, labels: np.ndarray, ids: np.ndarray) -> dict[str, Tensor]:
     """A batch from its three parts; the ids are copied so that nobody writes into the caller's."""
     return {"input": x, "label": torch.from_numpy(labels), "id": torch.from_numpy(ids.copy())}
-
-
-def check_augment(augment: str, known: Sequence[str]) -> None:
-    if augment not in known:
-        raise UserError(f"unknown augment {augment!r} for this kind of data: {did_you_mean(augment, known)}")
 
 
 class Subset(Samples):
