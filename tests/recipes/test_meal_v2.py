@@ -30,6 +30,7 @@ MLP = ModelSpec("stillhouse:mlp", 10, (1, 8, 8), options={"widths": [16]})
 ROWS = [
     Row("meal_v2", "joint", {"discriminator": "joint", "label": 0.5}),
     Row("meal_v2", "cached crops", {"cache": 4, "crops": 2, "topk": 5}),
+    Row("meal_v2", "cutmix", {"cutmix": 1.0, "label": 0.5}),
     Row("meal_v2", "trained already", {"student_epochs": 0.0, "teacher_epochs": 0.0, "discriminator": "none"}),
 ]
 ZERO = [
@@ -344,6 +345,7 @@ def small_family(tmp_path):
         (["--topk", "5"], ["topk", "--cache"]),
         (["--crops", "3", "--batch", "64"], ["multiples of crops"]),
         (["--soft", "0"], ["nothing to learn"]),
+        (["--cutmix", "1", "--cache", "0"], ["cutmix", "cache -1"]),
         (["--drop", "1"], ["0 < drop < 1"]),
     ],
     ids=lambda v: " ".join(v)[:40],

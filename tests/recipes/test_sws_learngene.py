@@ -12,16 +12,15 @@ from table import Row
 from torch import nn
 
 import stillhouse
-from stillhouse import objectives as O
 from stillhouse.cli import invoke
 from stillhouse.data import load
+from stillhouse.distill import Distill
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, count_params, logits_of
 from stillhouse.export import export
 from stillhouse.models import ModelSpec
 from stillhouse.recipes.sws_learngene.experiment import SMALL, TEACHER, TINY, VIT, gene_of
 from stillhouse.recipes.sws_learngene.gene import learned, set_drop_path, shared
-from stillhouse.recipes.sws_learngene.mixed import Mixed, mixed
 from stillhouse.recipes.sws_learngene.recipe import Config, auxiliary, descend, distill
 from stillhouse.run import Run
 from stillhouse.students.plan import Plan
@@ -99,8 +98,8 @@ def test_alpha_zero_is_training_on_labels():
     """(3) gradients of cross-entropy, whatever the teacher says."""
     student, teacher, b = vit(), vit(seed=1), images()
     plain = copy.deepcopy(student)
-    how = {"optimizer": torch.optim.SGD, "mixup": 0.0, "classes": 3}
-    Mixed(student, Frozen(teacher), objectives=["kd:0?T=1"], label=1.0, **how).learn(b, Clock()).total.backward()
+    system = Distill(student, Frozen(teacher), objectives=["kd:0?T=1"], label=1.0)
+    system.learn(b, Clock()).total.backward()
     F.cross_entropy(plain(b["input"]), b["label"]).backward()
     for p, q in zip(student.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
@@ -252,31 +251,6 @@ def test_the_soft_loss_by_hand(tmp_path, monkeypatch):
             terms = system.learn(b, Clock()).terms
         torch.testing.assert_close(terms["kd"], 0.6 * soft)
         torch.testing.assert_close(terms["label"], 0.4 * F.cross_entropy(z, b["label"]))
-
-
-def test_mixed_images_and_labels():
-    b, clock = images(6), Clock(step=3)
-    m = mixed(b, 0.8, 3, clock)
-    again, other = mixed(b, 0.8, 3, clock), mixed(b, 0.8, 3, Clock(step=4))
-    assert torch.equal(m["input"], again["input"]) and not torch.equal(m["input"], other["input"])
-    torch.testing.assert_close(m["label"].sum(-1), torch.ones(6))
-    # The same λ and order for images and labels: solve for both from the labels, check on the images.
-    lam, order = _solve(b, m)
-    torch.testing.assert_close(m["input"], lam * b["input"] + (1 - lam) * b["input"][order])
-    student = vit()
-    system = Mixed(student, None, objectives=(), optimizer=torch.optim.SGD, mixup=0.8, classes=3)
-    found = system.learn(b, clock).terms["label"]
-    z = student(m["input"])
-    both = lam * O.cross_entropy(z, b["label"]) + (1 - lam) * O.cross_entropy(z, b["label"][order])
-    torch.testing.assert_close(found, both.mean(), rtol=1e-6, atol=1e-7)
-
-
-def _solve(b, m):
-    g = Clock(step=3).generator("mixup")
-    import numpy as np
-
-    lam = float(np.random.default_rng(int(torch.randint(2**62, (1,), generator=g))).beta(0.8, 0.8))
-    return lam, torch.randperm(6, generator=g)
 
 
 # -- what it gives ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ class Config:
     cache: int = -1  # -1: teachers see the student's view; V: ask them once for V views; 0: once for the plain image
     topk: int = 0  # probabilities kept per cached view, the rest spread evenly (5 in the released code); 0 keeps all
     crops: int = 1  # views of one image in a batch
+    cutmix: float = 0.0  # a of Beta(a, a): rectangles are exchanged between images, and teachers asked about those
     epochs: float = 180.0  # passes over the training data
     batch: int = 512  # views per step, over all processes
     lr: float = 0.01  # learning rate of SGD with momentum 0.9, of student and discriminator
@@ -32,7 +33,7 @@ class Config:
 
     def __post_init__(self) -> None:
         least = {"push": 0, "soft": 0, "label": 0, "cache": -1, "topk": 0, "crops": 1, "batch": 1, "narrowest": 1,
-                 "student_epochs": 0, "teacher_epochs": 0}  # fmt: skip
+                 "cutmix": 0, "student_epochs": 0, "teacher_epochs": 0}  # fmt: skip
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise UserError(f"{name}: expected a number from {low}, got {getattr(self, name)}")
@@ -44,3 +45,5 @@ class Config:
             raise UserError(f"cache and batch must be multiples of crops={self.crops}, got {self.cache}, {self.batch}")
         if self.topk and self.cache < 0:
             raise UserError("topk: only cached answers are shortened; give --cache too")
+        if self.cutmix and (self.cache >= 0 or self.crops > 1):
+            raise UserError("cutmix: teachers are asked about the mixed image, so it goes with cache -1 and crops 1")

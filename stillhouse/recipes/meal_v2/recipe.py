@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from stillhouse.data import Batches, Data, prefetch
+from stillhouse.data import Batches, Data, mixing, prefetch
 from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import classification, count_params, predict
@@ -67,7 +67,8 @@ def distill(
     if cfg.cache >= 0:
         ask = kept(run, mean, data, cfg.cache, batch=cfg.batch, topk=cfg.topk or None)
     system = Meal(network, ask, cfg, len(data.classes), run.seed)
-    source = Batches(data.train, cfg.batch // cfg.crops, views=max(0, cfg.cache) // cfg.crops, copies=cfg.crops)
+    views = Batches(data.train, cfg.batch // cfg.crops, views=max(0, cfg.cache) // cfg.crops, copies=cfg.crops)
+    source = mixing(views, len(data.classes), cutmix=cfg.cutmix)
     fit(run, "fine-tune", system, prefetch(source, run.workers), epochs=cfg.epochs, settings=cfg)
     for model in (network, *models):
         model.cpu().eval()

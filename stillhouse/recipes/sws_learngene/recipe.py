@@ -14,7 +14,8 @@ import numpy as np
 from torch import nn
 
 from stillhouse.comparisons import Objective
-from stillhouse.data import Batches, Data, prefetch
+from stillhouse.data import Batches, Data, mixing, prefetch
+from stillhouse.distill import Distill
 from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import count_params
@@ -24,7 +25,6 @@ from stillhouse.outcomes import Member
 from stillhouse.plain import check_classes, optimizer_of, schedule, train_teacher
 from stillhouse.recipes.sws_learngene.config import Config
 from stillhouse.recipes.sws_learngene.gene import Gene, learned, set_drop_path, shared
-from stillhouse.recipes.sws_learngene.mixed import Mixed
 from stillhouse.system import Teacher, fold
 from stillhouse.teachers import Ensemble, Frozen, Normalisation
 
@@ -102,14 +102,12 @@ def auxiliary(
     ask: Teacher = frozen[0] if len(frozen) == 1 else Ensemble(frozen)
     weight = cfg.alpha / len(data.classes) if cfg.element_mean else cfg.alpha
     how = cfg.moves(cfg.lr, cfg.lr_warmup)
-    system = Mixed(
+    system = Distill(
         aux, ask, objectives=[Objective("kd", weight, options={"T": cfg.temperature})], label=1 - cfg.alpha,
         optimizer=optimizer_of(how), lr=schedule(data, how, cfg.epochs), clip=cfg.clip or None,
-        mixup=cfg.mixup, classes=len(data.classes),
     )  # fmt: skip
-    fit(
-        run, "auxiliary", system, prefetch(Batches(data.train, cfg.batch), run.workers), epochs=cfg.epochs, settings=cfg
-    )
+    source = mixing(Batches(data.train, cfg.batch), len(data.classes), mixup=cfg.mixup)
+    fit(run, "auxiliary", system, prefetch(source, run.workers), epochs=cfg.epochs, settings=cfg)
     for model in (aux, network, *models):
         model.cpu().eval()
     set_drop_path(aux, path, 0.0)
@@ -148,10 +146,11 @@ def tune(run: Run, name: str, data: Data, model: nn.Module, path: str, cfg: Conf
         return
     set_drop_path(model, path, cfg.drop_path)
     how = cfg.moves(cfg.tune_lr, 0.0)
-    system = Mixed(
+    system = Distill(
         model, None, objectives=(), optimizer=optimizer_of(how), lr=schedule(data, how, cfg.tune_epochs),
-        clip=cfg.clip or None, label_smoothing=cfg.label_smoothing, mixup=cfg.mixup, classes=len(data.classes),
+        clip=cfg.clip or None, label_smoothing=cfg.label_smoothing,
     )  # fmt: skip
-    fit(run, name, system, prefetch(Batches(data.train, cfg.batch), run.workers), epochs=cfg.tune_epochs, settings=cfg)
+    source = mixing(Batches(data.train, cfg.batch), len(data.classes), mixup=cfg.mixup)
+    fit(run, name, system, prefetch(source, run.workers), epochs=cfg.tune_epochs, settings=cfg)
     model.cpu().eval()
     set_drop_path(model, path, 0.0)
