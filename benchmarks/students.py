@@ -1,6 +1,6 @@
 """What parametrised training costs, and how a pipeline stands beside torch-pruning and torchao at the same steps.
 
-    .venv/bin/python benchmarks/students.py steps             # … pruning torchao all
+    .venv/bin/python benchmarks/students.py steps             # … pruning torchao semi all
     .venv/bin/python benchmarks/students.py all --quick       # small and short, to see that it works
 
 `steps`: seconds of a training step with weights behind a projector against the same network with plain weights, side by
@@ -8,7 +8,8 @@ side in one process (a block of steps each in turn; the ratio is the median over
 points alone. `pruning`: prune:0.5 and distil under the network before against torch-pruning (its magnitude pruner,
 brought to the same MACs) and plain fine-tuning, from one trained base, at equal steps, batches and schedule. `torchao`:
 quantisation-aware training of linear layers to 4 bits against torchao's, from one trained base, at equal steps (needs
-`pip install torchao`; left out without it). Results are added to OUT/students.json.
+`pip install torchao`; left out without it). `semi`: 2:4 sparse float16 layers through torch's semi-structured kernels
+against dense ones, on a CUDA device (left out without one). Results are added to OUT/students.json.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import nn
 from stillhouse.data import Batches, Data, from_arrays, load
 from stillhouse.distill import Distill
 from stillhouse.engine import Run, fit
-from stillhouse.evaluate import classification, count_macs, count_params, environment, predict
+from stillhouse.evaluate import classification, count_macs, count_params, environment, latency, predict
 from stillhouse.models import ModelSpec
 from stillhouse.plain import optimizer_of, schedule
 from stillhouse.recipes.pipeline.experiment import BASE, PRESET
@@ -208,10 +209,45 @@ def do_torchao(args: argparse.Namespace) -> list[list[str]]:
     return [[way, pm(rs, 2, 100), ratio.get(way, "")] for way, rs in found.items()]
 
 
+@torch.no_grad()
+def semi_structured(model: nn.Module) -> nn.Module:
+    """The network with its linear layers 2:4 sparse by magnitude, in the form that 2:4 kernels read; CUDA, float16."""
+    from torch.sparse import to_sparse_semi_structured
+
+    for layer in [m for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64]:
+        masked = layer.weight * nm_mask(layer.weight)
+        layer.weight = nn.Parameter(to_sparse_semi_structured(masked), requires_grad=False)
+    return model
+
+
+def do_semi(args: argparse.Namespace) -> list[list[str]]:
+    """Rows: what, milliseconds dense and 2:4, times faster; float16, median of passes by events."""
+    if not torch.cuda.is_available():
+        print("  semi is left out: no CUDA device")
+        return []
+    import timm
+
+    batch = 8 if args.quick else 64
+    cases: dict[str, tuple[nn.Module, torch.Tensor]] = {
+        f"linear {i} to {o}, {batch}·196 tokens": (nn.Linear(i, o), torch.randn(batch * 196, i))
+        for i, o in ((768, 768), (768, 3072), (3072, 768), (4096, 4096))
+    }
+    for name in ("deit_small_patch16_224", "deit_base_patch16_224"):
+        cases[f"{name}, batch {batch}"] = (timm.create_model(name), torch.randn(batch, 3, 224, 224))
+    rows = []
+    for what, (model, x) in cases.items():
+        dense, x = model.cuda().half().eval(), x.cuda().half()
+        times = [latency(m, x, repeats=100).median_ms for m in (dense, semi_structured(copy.deepcopy(dense)))]
+        rows.append([what, f"{times[0]:.3f}", f"{times[1]:.3f}", f"{times[0] / times[1]:.2f}"])
+        print("  ", *rows[-1], sep=" | ", flush=True)
+    return rows
+
+
 JOBS: dict[str, tuple[Callable[[argparse.Namespace], list[list[str]]], list[str]]] = {
     "steps": (do_steps, ["network", "weights", "ms a step", "× plain", "× plain, processor time"]),
     "pruning": (do_pruning, ["way", "accuracy %", "parameters", "MACs"]),
     "torchao": (do_torchao, ["way", "accuracy %", "step × plain (MLP of 512)"]),
+    "semi": (do_semi, ["what", "ms dense", "ms 2:4", "times faster"]),
 }
 
 

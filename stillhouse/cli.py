@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from stillhouse import __version__, recipes
+from stillhouse import __version__, recipes, recommending
 from stillhouse.errors import Interrupted, UserError, did_you_mean
-from stillhouse.flags import configured, parse_flags, settings
+from stillhouse.flags import parse_flags, settings
 
 if TYPE_CHECKING:
     from stillhouse.options import Options
@@ -115,22 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("folders", type=Path, nargs="+", help="two or more runs' --out folders")
     sub.add_argument("--alpha", type=float, default=0.5, help="weight of size in the distillation score (default: 0.5)")
     sub.add_argument("--json", action="store_true", help="the comparison as JSON")
-    sub = command("recommend", do_recommend, "say which pipelines to try on new data, learned from recorded runs")
-    sub.epilog = (
-        "Record runs of several pipelines on two tasks or more (stillhouse distill --data … --objective … --out "
-        "runs/a1), then: stillhouse recommend runs --data NAME --teacher … --student …. Every run with the scores of "
-        "teacher and student is read; the commands come best first, and how well such advice did on tasks left out "
-        "stands above them."
-    )
-    sub.add_argument("folders", type=Path, nargs="+", help="--out folders of finished runs, or folders that hold such")
-    sub.add_argument("--data", required=True, help="the new data, as of: stillhouse distill --data")
-    sub.add_argument("--student", "--model", dest="model", help="the student to be trained, as of --student")
-    sub.add_argument("--teacher", help="the teacher: RUN/students/NAME, whose report is read, or a name")
-    sub.add_argument("--teacher-score", type=float, help="its accuracy on the new data, where no report has it")
-    sub.add_argument("--limit", type=int, help="use only this many training samples")
-    sub.add_argument("--learner", choices=["forest", "boosting"], default="forest", help="(default: forest)")
-    sub.add_argument("--top", type=int, default=5, help="how many pipelines (default: 5)")
-    sub.add_argument("--json", action="store_true", help="the advice as JSON")
+    sub = command("recommend", do_recommend, "say which pipelines to try on new data, or how large a teacher to take")
+    recommending.add_flags(sub)
     sub = command("export", do_export, "export students to a deployable file and check it against PyTorch")
     sub.add_argument("folder", type=Path, help="a run's --out folder, or one student's folder in it")
     sub.add_argument("--to", required=True, choices=["onnx", "torch-export", "safetensors"], help="file format")
@@ -330,23 +316,8 @@ def do_compare(args: argparse.Namespace) -> None:
 
 def do_recommend(args: argparse.Namespace) -> None:
     from stillhouse.files import strict
-    from stillhouse.options import Options as Every
-    from stillhouse.recommend import advise, enough, new_task, read_runs
 
-    rows, unused = read_runs(args.folders, configured)
-    enough(rows)  # before data are loaded
-    about = {"data": args.data, "model": args.model, "teacher": args.teacher, "limit": args.limit}
-    name, facts = new_task(**about, score=args.teacher_score)
-
-    def flags(system: str) -> list[str]:
-        takes = {f.name for f in dataclasses.fields(getattr(recipes.experiment(system), "OPTIONS", Every))}
-        given = {k: v for k, v in about.items() if v is not None and k in takes}
-        return [word for k, v in given.items() for word in (f"--{k}", str(v))]
-
-    trained = args.teacher and (Path(args.teacher) / "plan.json").exists()
-    how = {"top": args.top, "kind": args.learner, "without": ("teacher_epochs",) if trained else ()}
-    advice = advise(rows, facts, flags, configured, name=name, **how)
-    advice.notes += [f"Not used: {count} × {reason}." for reason, count in unused.items()]
+    advice = recommending.advice(args)
     print(json.dumps(strict(advice.facts), indent=2) if args.json else "\n".join(advice.lines()))
 
 

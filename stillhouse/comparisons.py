@@ -50,6 +50,7 @@ KNOWN: dict[str, tuple[Level, Callable[..., Tensor], dict[str, float]]] = {
     "logit-mse": ("logits", _logit_mse, {"T": 1.0}),
     "pseudo": ("logits", _pseudo, {}),
     "dkd": ("labelled", O.decoupled_kl, {"T": 4.0, "alpha": 1.0, "beta": 8.0}),
+    "nkd": ("labelled", O.normalised_kd, {"T": 1.0, "gamma": 1.0}),
     "pld": ("labelled", O.plackett_luce, {"T": 1.0, "topk": 0}),
     "feature": ("same", O.mse, {}),
     "cosine": ("same", O.cosine, {}),

@@ -134,7 +134,8 @@ class Distill(System):
     def learn(self, batch: Batch, clock: Clock) -> Terms:
         """Terms ``label`` and one per objective, already weighted; notes the accuracy on the batch."""
         with tap(self.student, self._taps) if self._taps else nullcontext() as seen:
-            z = logits_of(call(self.student, batch[self._read]))
+            output = call(self.student, batch[self._read])
+            z, taught = logits_of(output), self.taught(output)
         terms = {}
         if self.label:
             label = O.cross_entropy(z, batch["label"], self.label_smoothing).mean()
@@ -143,10 +144,14 @@ class Distill(System):
         for k, o in enumerate(self.objectives):
             assert said is not None
             name = o.name if o.name not in terms else f"{o.name} {k}"
-            terms[name] = o.at(clock) * self._compare(k, o, z, seen, said, batch).mean()
+            terms[name] = o.at(clock) * self._compare(k, o, taught, seen, said, batch).mean()
         y = batch["label"].argmax(-1) if batch["label"].is_floating_point() else batch["label"]  # may be mixed
         correct = (z.detach().argmax(-1) == y).float().mean()
         return Terms(**terms).note(accuracy=correct)
+
+    def taught(self, output: Any) -> Tensor:
+        """The student's logits that the teacher's are compared with."""
+        return logits_of(output)
 
     def _compare(self, k: int, o: Objective, z: Tensor, seen: Any, said: Signals, batch: Batch) -> Tensor:
         if o.level not in ON_LOGITS:
@@ -165,3 +170,36 @@ class Distill(System):
     def outcome(self) -> Any:
         """The student."""
         return self.student
+
+
+class TokenDistill(Distill):
+    """`Distill` of a vision transformer with a distillation token (DeiT, Touvron et al., ICML 2021, arXiv 2012.12877).
+
+    Labels are for the class token's head, the teacher for the distillation token's; the hard variant is
+    ``objectives=["pseudo:0.5"], label=0.5``. Afterwards the student answers with the mean of both heads.
+
+    Args:
+        student: timm's VisionTransformerDistilled, or a network with its ``set_distilled_training``.
+        others: as for `Distill`.
+
+    Raises:
+        UserError: another student.
+    """
+
+    def __init__(self, student: nn.Module, teacher: Teacher | teachers.Sequence | None, **others: Any):
+        if not hasattr(student, "set_distilled_training"):
+            raise UserError(
+                f"{type(student).__name__} has no distillation token; take a timm network such as "
+                "timm:deit_tiny_distilled_patch16_224"
+            )
+        super().__init__(student, teacher, **others)
+
+    def learn(self, batch: Batch, clock: Clock) -> Terms:
+        self.student.set_distilled_training(True)  # type: ignore[operator]
+        try:
+            return super().learn(batch, clock)
+        finally:
+            self.student.set_distilled_training(False)  # type: ignore[operator]
+
+    def taught(self, output: Any) -> Tensor:
+        return output[1]

@@ -113,6 +113,7 @@ class _Fit:
             world=run.world,
             device=str(run.device),
             all_mean=run.all_mean,
+            all_rows=run.all_rows,
         )
 
     # -- the stage --------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ class _Fit:
         if update.lr is not None:
             factor = update.lr(clock)
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
+                group["lr"] = group["initial_lr"] * (1.0 if group.get("constant") else factor)
         method = getattr(self.system, update.name)
         pieces, counts = self.split(batch, update)
         scaled = False

@@ -53,8 +53,9 @@ def logits_of(output: Any) -> Tensor:
     """The logits (n, c) in what a model returned.
 
     Args:
-        output: a tensor; a mapping or ModelOutput with ``logits``; a tuple or list whose first item is a 2-D
-            tensor (auxiliary heads and features behind it are left out).
+        output: a tensor; a mapping or ModelOutput with ``logits``, or with ``logits_per_image`` (of an image-text
+            model: the texts are the classes); a tuple or list whose first item is a 2-D tensor (auxiliary heads and
+            features behind it are left out).
 
     Returns:
         The tensor itself, attached as it was.
@@ -68,9 +69,10 @@ def logits_of(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(found, Tensor):
-        return found
+    for name in ("logits", "logits_per_image"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor) and output[0].dim() == 2:
         return output[0]
     raise UserError(

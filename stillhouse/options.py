@@ -193,7 +193,9 @@ class LanguageOptions(Options):
         from stillhouse.text.language import corpus
         from stillhouse.text.sentences import tokenizer_by_name
 
-        own = self.tokenizer or (self.model or "").partition("hf:")[2]
+        model = self.model or ""
+        student = model if model and (Path(model) / "tokenizer.json").exists() else ""  # of another run
+        own = self.tokenizer or student or model.partition("hf:")[2]
         tokenizer = tokenizer_by_name(own) if own else None
         return corpus(
             self.data or default, length=self.length, tokens=self.tokens, tokenizer=tokenizer, limit=self.limit

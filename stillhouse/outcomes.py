@@ -81,15 +81,17 @@ class Members:
         for m in self.members:
             home = inside(Path(folder) / "students", m.name)
             save_student(home, m.model, plan_json=self.facts(m), encode=m.plan.encoded if m.plan else dict)
-            self._companions(home, m.model)
+            self._companions(home, m)
             made.append(home)
         return made
 
-    def _companions(self, home: Path, model: Any) -> None:
+    def _companions(self, home: Path, m: Member) -> None:
         """The tokenizer, and the configuration with which ``from_pretrained`` of transformers reads the folder too."""
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(home))
-        if type(model).__module__.startswith("transformers.") and _as_configured(model):
+        model: Any = m.model
+        as_stored = not (m.plan and m.plan.packed)
+        if type(model).__module__.startswith("transformers.") and as_stored and _as_configured(model):
             config = model.config.to_dict() | {"architectures": [type(model).__name__]}
             text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
             atomic_write(inside(home, "config.json"), text.encode())
@@ -320,6 +322,24 @@ def load(folder: str | Path, base: nn.Module | None = None) -> Any:
     if not (folder / PLAN).exists() and (there := [str(p) for p in inner if p.is_dir()]):
         raise UserError(f"{folder} is a whole run; load one thing of it: {', '.join(there)}")
     return _load_model(folder, base)
+
+
+def continued(name: str) -> tuple[ModelSpec, nn.Module, Plan] | None:
+    """The student in a folder ``RUN/students/NAME`` with what it is built from, for a run that goes on from it.
+
+    Returns:
+        How its base is built, the student in eval mode, its plan; None where the name is of no such folder.
+
+    Raises:
+        UserError: its base is not known by name; files that are missing or damaged.
+    """
+    path = Path(name) / PLAN
+    if not name or not path.exists():
+        return None
+    facts = read_json(path)
+    if "name" not in (facts.get("base") or {}):
+        raise UserError(f"{name}: made from a live network, which cannot be built by name; use Python")
+    return ModelSpec.from_json(facts["base"]), load(name), Plan.from_json(facts)
 
 
 def _load_model(folder: Path, base: nn.Module | None) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stillhouse.errors import UserError, need
 from stillhouse.files import inside, read_json, strict, write_json
+from stillhouse.objectives import scale_gradient
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -123,6 +124,27 @@ class Run:
             part.view_as(t).to(t.dtype)
             for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
         ]
+
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all processes in the order of their ranks, for a loss that compares samples of the whole batch.
+
+        Only the own rows carry a gradient, times the number of all rows over that of the own: averaged over processes
+        as `all_mean` does, it is the gradient of the loss on the whole batch.
+
+        Args:
+            rows: (n, …), this process's share; the shares may differ in n.
+        """
+        if self.world == 1:
+            return rows
+        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.world)]
+        torch.distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+        sizes = [int(c) for c in counts]
+        padded = torch.cat([rows.detach(), rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded)
+        found = [part[:n] for part, n in zip(parts, sizes, strict=True)]
+        found[self.rank] = scale_gradient(rows, sum(sizes) / len(rows))
+        return torch.cat(found)
 
     def close(self) -> None:
         """Ends the trackers and, with several processes, the process group."""

@@ -55,6 +55,8 @@ class Clock:
         default=lambda tensors, count: list(tensors), repr=False, compare=False
     )
     """``all_mean(tensors, count)``: mean over processes, weighted by each one's sample count."""
+    all_rows: Callable[[Tensor], Tensor] = field(default=lambda rows: rows, repr=False, compare=False)
+    """``all_rows(rows)``: the rows of all processes, for losses over the whole batch; see `Run.all_rows`."""
 
     @property
     def epoch(self) -> int:
@@ -135,7 +137,8 @@ class Update:
         name: a method of the System, ``(batch, clock) -> Terms | Gradients``.
         params: the parameters it moves (and nobody else's).
         optimizer: builds the optimiser from the parameters, e.g. ``partial(torch.optim.SGD, lr=0.1)``.
-        lr: factor on each group's learning rate as a function of the clock; None keeps it constant.
+        lr: factor on each group's learning rate as a function of the clock; None keeps it constant, as it does that of
+            groups with ``constant=True`` (gates beside weights).
         every: due at steps that are multiples of this.
         start: not due before this step.
         repeat: how often it runs in a step when due; ``clock.turn`` counts, and parts what generators draw.

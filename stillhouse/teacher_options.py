@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stillhouse.data import Data
+    from stillhouse.models import ModelSpec
+    from stillhouse.students.plan import Plan
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -96,6 +98,47 @@ class TeacherOptions(ClassifierOptions):
         _, model = hub_classifier(name.removeprefix("hf:"), len(data.classes), self.length)
         labels_in_order(model, data.classes, f"teacher {name}")
         return model
+
+
+@dataclass(frozen=True)
+class TrainedOptions(ClassifierOptions):
+    """Images or sentences, and a trained network, which is changed and teaches itself."""
+
+    weights: Path | None = None  # .safetensors with the state dict of --model, which may also be RUN/students/NAME
+
+    def trained(self, data: Data, default: str, *, fresh: bool = False) -> tuple[ModelSpec, nn.Module, Plan | None]:
+        """The network named by ``--model``: of another run, with published weights, from a file, or still untrained.
+
+        Args:
+            data: what it is to classify.
+            default: the name where none is given; of sentences it is ``bert``.
+            fresh: it is trained first, so it may come without weights.
+
+        Returns:
+            How to build it, the network, and how it differs from that where it is a student of another run.
+
+        Raises:
+            UserError: it has no trained weights, or was made from a live network.
+        """
+        from stillhouse.files import read_json
+        from stillhouse.models import ModelSpec
+        from stillhouse.outcomes import load
+        from stillhouse.students.plan import Plan
+
+        name = self.model or default
+        if (Path(name) / "plan.json").exists():
+            facts = read_json(Path(name) / "plan.json")
+            if "name" not in facts.get("base", {}):
+                raise UserError(f"--model {name}: made from a live network, which cannot be built by name; use Python")
+            return ModelSpec.from_json(facts["base"]), load(name), Plan.from_json(facts)
+        spec = self.spec(data, name, "bert")
+        if not (self.pretrained or self.weights or fresh):
+            raise UserError(
+                f"--model {name} has no trained weights, which are needed to start from; give --pretrained, --weights "
+                "FILE, a folder RUN/students/NAME, or --teacher-epochs N to train it first"
+            )
+        network = self.network(spec, self.seed) or spec.build(seed=self.seed)
+        return spec, filled(network, self.weights) if self.weights else network, None
 
 
 def published(name: str, data: Data) -> tuple[int, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, did_you_mean
 from stillhouse.system import Clock, Schedule
 from stillhouse.taps import tap
 
@@ -143,6 +143,61 @@ def by_module(
         made = optimizer([{"params": ps} for ps in groups.values() if ps])
         for group, f in zip(made.param_groups, (f for f, ps in groups.items() if ps), strict=True):
             group["lr"] *= f
+        return made
+
+    return build
+
+
+def by_layer(
+    model: nn.Module,
+    blocks: str,
+    decay: float,
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+    fresh: Sequence[str] = (),
+) -> Callable[[Sequence[Tensor]], torch.optim.Optimizer]:
+    """`optimizer` with decay^(L − l) times its learning rate for block l of L, counted from 0 (arXiv 2106.08254).
+
+    What is registered before the blocks (embeddings) has decay^(L + 1), what comes after them (norm, head) the whole
+    rate. Weight decay is for the weights of layers alone: biases, norms, tokens and positions have none.
+
+    Args:
+        model: whose parameters are moved. blocks: path of its list of blocks.
+        decay: 1 leaves the learning rates alone. optimizer: as for `by_module`.
+        fresh: names of parameters that are learned anew and have the whole rate wherever they stand.
+
+    Raises:
+        UserError: a path or a name that the model does not have.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+        >>> made = by_layer(net, "1", 0.5, partial(torch.optim.AdamW, lr=1.0))(list(net.parameters()))
+        >>> [(g["lr"], g["weight_decay"]) for g in made.param_groups][::2]
+        [(0.125, 0.01), (0.25, 0.01), (0.5, 0.01), (1.0, 0.01)]
+    """
+    with tap(model, blocks):
+        pass  # an unknown path is said here
+    names = [name for name, _ in model.named_parameters()]
+    if missing := [name for name in fresh if name not in names]:
+        raise UserError(f"{type(model).__name__} has no parameter {missing[0]!r}; {did_you_mean(missing[0], names)}")
+    count = len(list(model.get_submodule(blocks).children()))
+    at: dict[int, tuple[float, bool]] = {}  # of each parameter: its factor, and whether its weights decay
+    inside = False
+    for name, p in model.named_parameters():
+        here = name.startswith(f"{blocks}.")
+        inside = inside or here
+        layer = int(name.removeprefix(f"{blocks}.").split(".")[0]) if here else count if inside else -1
+        factor = 1.0 if name in fresh else decay ** (count - layer)
+        at[id(p)] = (factor, p.dim() > 1 and name.endswith("weight"))
+
+    def build(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+        groups: dict[tuple[float, bool], list[Tensor]] = {}
+        for p in params:
+            groups.setdefault(at.get(id(p), (1.0, p.dim() > 1)), []).append(p)
+        made = optimizer(
+            [{"params": ps} if decays else {"params": ps, "weight_decay": 0.0} for (_, decays), ps in groups.items()]
+        )
+        for group, (factor, _) in zip(made.param_groups, groups, strict=True):
+            group["lr"] *= factor
         return made
 
     return build

@@ -83,7 +83,8 @@ def _mixed(batch: Batch, clock: Clock, *, classes: int, mixup: float, cutmix: fl
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=g)))
     order = torch.randperm(len(x), generator=g).to(x.device)
     cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
-    keep = float(rng.beta(*(2 * [cutmix if cut else mixup])))
+    a = cutmix if cut else mixup
+    keep = float(rng.beta(a, a))
     if cut:
         (top, bottom), (left, right) = (_side(rng, size, (1 - keep) ** 0.5) for size in x.shape[2:])
         mixed = x.clone()

@@ -56,6 +56,7 @@ class Denoiser:
             raise UserError(f"a denoiser is a network or a function (x_t, t, condition), got {type(network).__name__}")
         self.network, self.process, self.prediction, self.null = network, process, prediction, null
         self.passes = _passes(network)
+        self._late_time = "timestep" in _names(network)[2:]  # SD3 and Flux take the texts before it
         self._device: torch.device | None = None
 
     @classmethod
@@ -107,16 +108,18 @@ class Denoiser:
 
     def ask(self, x: Tensor, t: Tensor, c: Condition = None) -> Tensor:
         """The network's answer as it is, with nothing moved or cast: for what is itself a part of a Module."""
-        network, time = self.network, self.process.network_time(t)
-        if c is None:
-            out = network(x, time)
-        elif isinstance(c, Mapping):
-            out = network(x, time, **c)
-        elif self.passes:
-            out = network(x, time, **{self.passes: c})
+        given, named = [x], dict[str, Any]()
+        if self._late_time:
+            named["timestep"] = self.process.network_time(t)
         else:
-            out = network(x, time, c)
-        return sample_of(out)
+            given.append(self.process.network_time(t))
+        if isinstance(c, Mapping):
+            named |= c
+        elif c is not None and self.passes:
+            named[self.passes] = c
+        elif c is not None:
+            given.append(c)
+        return sample_of(self.network(*given, **named))
 
     def view(
         self, x_t: Tensor, t: Tensor, condition: Condition = None, scale: float = 1.0, *, camera: Tensor | None = None
@@ -152,6 +155,10 @@ class Denoiser:
         if isinstance(condition, Mapping):
             return {k: torch.as_tensor(self.null[k], device=v.device).expand_as(v).to(v) for k, v in condition.items()}
         return torch.as_tensor(self.null, device=condition.device).expand_as(condition).to(condition)
+
+    def drop(self, condition: Condition, gone: Tensor) -> Condition:
+        """The conditions, with `null` in the place of those where `gone` (n,) is true."""
+        return pick(gone, self.no_condition(condition), condition)
 
     def check(self, x: Tensor, condition: Condition = None) -> None:
         """Refuses what is no denoiser for samples like x (n, …): one call at the noisiest time.
@@ -192,13 +199,24 @@ def sample_of(output: Any) -> Tensor:
     return found
 
 
+def pick(mask: Tensor, yes: Condition, no: Condition) -> Condition:
+    """Rows of `yes` where the mask (n,) is true, else of `no`."""
+    if isinstance(no, Mapping):
+        return {k: pick(mask, yes[k], v) for k, v in no.items()}
+    return torch.where(mask.to(no.device).view(-1, *[1] * (no.dim() - 1)), yes, no)
+
+
+def _names(network: Callable[..., Any]) -> list[str]:
+    """What a network calls its arguments; nothing where that cannot be known."""
+    try:
+        return list(inspect.signature(getattr(network, "forward", network)).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
 def _passes(network: Callable[..., Any]) -> str:
     """The keyword under which a network takes its conditions; empty: the third argument."""
-    try:
-        names = inspect.signature(getattr(network, "forward", network)).parameters
-    except (TypeError, ValueError):
-        return ""
-    return next((k for k in ("encoder_hidden_states", "class_labels") if k in names), "")
+    return next((k for k in ("encoder_hidden_states", "class_labels") if k in _names(network)), "")
 
 
 def _joined(first: Condition, second: Condition) -> Condition:

@@ -83,7 +83,7 @@ class Denoising(System):
         condition = batch["label"] if of.null is not None else None
         if condition is not None and self.drop:
             gone = (torch.rand(len(x0), generator=g) < self.drop).to(x0.device)
-            condition = torch.where(gone, of.no_condition(condition), condition)
+            condition = of.drop(condition, gone)
         said = of.predict(of.process.add_noise(x0, eps, t), t, condition)
         return Terms(mse=(said - target(of.process, of.prediction, x0, eps, t)).square().mean())
 

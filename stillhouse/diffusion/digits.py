@@ -77,6 +77,23 @@ def digits_unet(widths: Sequence[int] = (16, 32), *, seed: int = 0, **options: A
     return ModelSpec("diffusers:UNet2DModel", NULL + 1, SHAPE, options=wanted).build(seed=seed)
 
 
+def digits_transformer(width: int = 48, layers: int = 8, heads: int = 3, *, seed: int = 0) -> nn.Module:
+    """A ``diffusers.DiTTransformer2DModel`` for 8 × 8 images in patches of 2 × 2; label 10 is "no label".
+
+    Its label embeddings drop nothing by themselves: each block has one, and would drop other labels than the next.
+
+    Args:
+        width: d, a multiple of `heads`. layers: blocks; eight of width 48 have 464,000 parameters.
+    """
+    wanted = {"num_attention_heads": heads, "attention_head_dim": width // heads, "num_layers": layers}
+    wanted |= {"in_channels": 1, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": NULL}
+    network = ModelSpec("diffusers:DiTTransformer2DModel", NULL, SHAPE, options=wanted).build(seed=seed)
+    for part in network.modules():
+        if hasattr(part, "token_drop"):
+            part.dropout_prob = 0.0  # type: ignore[assignment]
+    return network
+
+
 def digits_scheduler(prediction: str = "epsilon", beta_schedule: str = "squaredcos_cap_v2") -> Any:
     """A ``diffusers.DDPMScheduler`` with T = 1000; the cosine schedule has next to no signal left at t = 999."""
     return import_library("diffusers").DDPMScheduler(

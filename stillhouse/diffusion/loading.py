@@ -146,9 +146,13 @@ def _classes(made: Denoiser, config: Mapping[str, Any], name: str) -> Callable[[
     """Prompts as class numbers, for a network that has classes."""
     count = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
     if made.passes == "encoder_hidden_states":
-        raise UserError(
-            f"--model {name}: it is conditioned on text, so encode is needed: give the whole pipeline's folder"
-        )
+
+        def refuse(prompts: Sequence[str]) -> Tensor:  # not before prompts are asked for: embeddings may be at hand
+            raise UserError(
+                f"--model {name}: it is conditioned on text, so encode is needed: give the whole pipeline's folder"
+            )
+
+        return refuse
     if not count:
         return None
 
@@ -235,16 +239,17 @@ def _from_pipeline(name: str) -> tuple[Any, Any, dict[str, Any]]:
         raise UserError(f"--model {name}: {type(pipe).__name__} has neither unet nor transformer")
     extras: dict[str, Any] = {}
     if getattr(pipe, "text_encoder", None) is not None:
-        if not hasattr(pipe, "encode_prompt") or getattr(pipe, "text_encoder_2", None) is not None:
-            raise UserError(
-                f"--model {name}: prompts of {type(pipe).__name__} are not known here; use package.module:function"
-            )
+        known = hasattr(pipe, "encode_prompt") and getattr(pipe, "text_encoder_2", None) is None
 
         @torch.no_grad()
         def encode(prompts: Sequence[str]) -> Tensor:
+            if not known:  # said when prompts are asked for: who has embeddings needs none
+                raise UserError(
+                    f"--model {name}: prompts of {type(pipe).__name__} are not known here; use package.module:function"
+                )
             return pipe.encode_prompt(list(prompts), "cpu", 1, False)[0].float()
 
-        extras |= {"encode": encode, "null": encode([""])[0]}
+        extras |= {"encode": encode, **({"null": encode([""])[0]} if known else {})}
     if (vae := getattr(pipe, "vae", None)) is not None:
 
         @torch.no_grad()

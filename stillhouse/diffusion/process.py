@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,6 +14,8 @@ from stillhouse.errors import UserError, did_you_mean
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
 Guidance = Literal["teacher_only", "both", "none"]
+Density = Literal["uniform", "logit_normal", "mode"]
+Weighting = Literal["one", "sigma_sqrt", "cosmap"]
 LEAST_ALPHA_BAR = 1e-3
 
 
@@ -99,14 +102,16 @@ class Flow(Process):
 
     Args:
         time_scale: what t is multiplied by for the network; 1 for plain functions of t.
+        shift: s > 1 puts more of the way from data to noise at high noise, t = s·u/(1 + (s − 1)·u) at the part u of it
+            (arXiv 2403.03206); SD3 has 3.
 
     Example:
         >>> Flow().add_noise(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([0.25])).tolist()
         [[0.25, 0.25]]
     """
 
-    def __init__(self, time_scale: float = 1000.0):
-        self.time_scale = time_scale
+    def __init__(self, time_scale: float = 1000.0, shift: float = 1.0):
+        self.time_scale, self.shift = time_scale, shift
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.to(_exact(t.device))
@@ -115,13 +120,42 @@ class Flow(Process):
         return t.to(_exact(t.device))
 
     def at(self, fraction: float) -> float:
-        return float(fraction)
+        return float(self.shift * fraction / (1 + (self.shift - 1) * fraction))
 
     def times(self, n: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-        return low + (high - low) * torch.rand(n, generator=generator)
+        u = low + (high - low) * torch.rand(n, generator=generator)
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def drawn(self, n: int, density: Density, generator: torch.Generator) -> Tensor:
+        """n times of the densities of SD3 over the whole way, (n,), then shifted.
+
+        ``logit_normal``: the sigmoid of N(0, 1); ``mode``: 1 − u − 1.29 (cos²(πu/2) − 1 + u), u uniform.
+
+        Source: Esser et al., arXiv 2403.03206, section 3.1.
+        """
+        if density == "uniform":
+            return self.times(n, 0.0, 1.0, generator)
+        if density == "logit_normal":
+            u = torch.randn(n, generator=generator).sigmoid()
+        else:
+            u = torch.rand(n, generator=generator)
+            u = 1 - u - 1.29 * ((math.pi * u / 2).cos().square() - 1 + u)
+        return self.shift * u / (1 + (self.shift - 1) * u)
 
     def network_time(self, t: Tensor) -> Tensor:
         return t * self.time_scale
+
+
+def loss_weight(weighting: Weighting, sigma: Tensor) -> Tensor:
+    """Weights of a flow's samples by their noise: 1; ``sigma_sqrt`` σ⁻²; ``cosmap`` 2 / (π (1 − 2σ + 2σ²)).
+
+    Example:
+        >>> [round(float(loss_weight(w, torch.tensor([0.5]))), 4) for w in ("one", "sigma_sqrt", "cosmap")]
+        [1.0, 4.0, 1.2732]
+    """
+    if weighting == "one":
+        return torch.ones_like(sigma)
+    return sigma**-2 if weighting == "sigma_sqrt" else 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
 
 
 def _exact(device: torch.device) -> torch.dtype:
@@ -267,7 +301,8 @@ def of_scheduler(scheduler: Any, prediction: str | None = None) -> tuple[Process
     name, config = type(scheduler).__name__, getattr(scheduler, "config", None) or {}
     kind: str
     if "FlowMatch" in name:
-        process: Process = Flow(float(config.get("num_train_timesteps", 1000)))
+        shift = 1.0 if config.get("use_dynamic_shifting") else float(config.get("shift") or 1.0)
+        process: Process = Flow(float(config.get("num_train_timesteps", 1000)), shift)
         kind = "flow_prediction"
     elif hasattr(scheduler, "alphas_cumprod"):
         process, kind = VP(scheduler.alphas_cumprod), str(config.get("prediction_type", "epsilon"))

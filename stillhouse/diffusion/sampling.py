@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.diffusion.denoiser import Condition, Denoiser
-from stillhouse.diffusion.process import VP, Prediction, Process, View, check_first_step
+from stillhouse.diffusion.process import VP, Flow, Prediction, Process, View, check_first_step
 from stillhouse.errors import UserError
 from stillhouse.evaluate import evaluating
 from stillhouse.models import ModelSpec
@@ -31,7 +31,7 @@ def trailing(process: Process, steps: int, first: float = 1.0) -> list[float]:
     if steps < 1 or not 0 < first <= 1:
         raise UserError(f"sampling needs steps >= 1 and a start in (0, 1], got {steps} and {first}")
     parts = [first * (1 - k / steps) for k in range(steps)]
-    return [max(0, round(p * process.steps) - 1) for p in parts] if isinstance(process, VP) else parts
+    return [max(0, round(p * process.steps) - 1) if isinstance(process, VP) else process.at(p) for p in parts]
 
 
 @torch.no_grad()
@@ -165,16 +165,79 @@ class OneStep(nn.Module):
     @torch.no_grad()
     def sample(self, condition: Condition = None, generator: torch.Generator | None = None, n: int = 1) -> Tensor:
         """Samples for these conditions (`n` of them without any), with noise from `generator`; in eval mode."""
-        if condition is not None:
-            n = len(next(iter(condition.values())) if isinstance(condition, Mapping) else condition)
-        where = next((p.device for p in self.network.parameters()), torch.device("cpu"))
-        noise = torch.randn(n, *self.shape, generator=generator).to(where)
-        with evaluating(self):
-            made = [
-                self(noise[i : i + AT_ONCE], _part(condition, slice(i, i + AT_ONCE), where))
-                for i in range(0, n, AT_ONCE)
-            ]
-        return torch.cat(made)
+        return _in_parts(self, self, condition, generator, n)
+
+
+class ManySteps(nn.Module):
+    """A network that makes samples in several steps (`ddim`), with all that it takes to do so.
+
+    Args:
+        network: trained, saved and exported as ``network``.
+        process: how noise is added. prediction: what the network predicts.
+        shape: of one sample.
+        null: class that stands for no condition; needed for guidance.
+        steps, kappa: of sampling.
+
+    Example:
+        >>> class Zero(nn.Module):
+        ...     def forward(self, x, t):
+        ...         return 0 * x
+        >>> model = ManySteps(Zero(), Flow(), "flow_prediction", (2,), steps=3)
+        >>> model.sample(n=4, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        prediction: Prediction,
+        shape: Sequence[int],
+        *,
+        null: Condition = None,
+        steps: int = 25,
+        kappa: float = 1.0,
+    ):
+        super().__init__()
+        trailing(process, steps)  # refuses no steps
+        self.network, self.process, self.prediction, self.shape = network, process, prediction, tuple(shape)
+        self.null, self.steps, self.kappa = null, steps, kappa
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network as a denoiser."""
+        return Denoiser(self.network, self.process, self.prediction, null=self.null)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+        """One network evaluation: what it predicts at x_t (n, …), t (n,), as `process` counts."""
+        return self.denoiser.ask(x_t, t, condition)
+
+    @torch.no_grad()
+    def sample(self, condition: Condition = None, generator: torch.Generator | None = None, n: int = 1) -> Tensor:
+        """Samples for these conditions (`n` of them without any), with noise from `generator`; in eval mode."""
+
+        def make(noise: Tensor, c: Condition) -> Tensor:
+            return ddim(self.denoiser, noise, c, steps=self.steps, kappa=self.kappa)
+
+        return _in_parts(self, make, condition, generator, n)
+
+
+def _in_parts(
+    model: OneStep | ManySteps,
+    make: Callable[[Tensor, Condition], Tensor],
+    condition: Condition,
+    generator: torch.Generator | None,
+    n: int,
+) -> Tensor:
+    if condition is not None:
+        n = len(next(iter(condition.values())) if isinstance(condition, Mapping) else condition)
+    where = next((p.device for p in model.network.parameters()), torch.device("cpu"))
+    noise = torch.randn(n, *model.shape, generator=generator).to(where)
+    with evaluating(model):
+        made = [
+            make(noise[i : i + AT_ONCE], _part(condition, slice(i, i + AT_ONCE), where)) for i in range(0, n, AT_ONCE)
+        ]
+    return torch.cat(made)
 
 
 def _part(condition: Condition, rows: slice, device: torch.device) -> Condition:
@@ -228,3 +291,33 @@ def build_one_step(
 ) -> OneStep:
     """A `OneStep` with fresh weights from what `one_step_spec` wrote."""
     return OneStep(ModelSpec.from_json(network).build(), Moment(**moment), prediction, shape)
+
+
+def many_steps_spec(model: ManySteps, network: ModelSpec) -> ModelSpec:
+    """How to build a `ManySteps` again from its ``plan.json``; a null that is no class number is left out."""
+    process: dict[str, Any]
+    if isinstance(model.process, VP):
+        process = {"alpha_bar": model.process.alpha_bar.tolist()}
+    elif isinstance(model.process, Flow):
+        process = {"time_scale": model.process.time_scale, "shift": model.process.shift}
+    else:
+        raise UserError(f"a process of the class {type(model.process).__name__} cannot be written down; use VP or Flow")
+    null = model.null if isinstance(model.null, int) else None
+    facts: dict[str, Any] = {"network": network.to_json(), "process": process, "prediction": model.prediction}
+    facts |= {"null": null, "steps": model.steps, "kappa": model.kappa}
+    return ModelSpec("stillhouse.diffusion.sampling:build_many_steps", 0, model.shape, options=facts)
+
+
+def build_many_steps(
+    shape: Sequence[int],
+    network: Mapping[str, Any],
+    process: Mapping[str, Any],
+    prediction: Prediction,
+    null: int | None,
+    steps: int,
+    kappa: float,
+) -> ManySteps:
+    """A `ManySteps` with fresh weights from what `many_steps_spec` wrote."""
+    added: Process = VP(**process) if "alpha_bar" in process else Flow(**process)
+    made = ModelSpec.from_json(network).build()
+    return ManySteps(made, added, prediction, shape, null=null, steps=steps, kappa=kappa)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from stillhouse.diffusion.denoiser import Condition, Denoiser
+from stillhouse.diffusion.denoiser import Condition, Denoiser, pick
 from stillhouse.diffusion.process import Guidance, View, scales_of, target
 from stillhouse.errors import UserError
 from stillhouse.objectives.injection import inject
@@ -206,19 +206,13 @@ class ScoreDistillation(System):
         if condition is not None and self.scores.drop:
             assert self.fake_score is not None
             gone = self.gone(batch, clock, "condition", self.scores.drop, self.scores.drop_whole)
-            condition = _where(gone, self.fake_score.no_condition(condition), condition)
+            condition = self.fake_score.drop(condition, gone)
         if camera is not None and self.scores.drop_camera:
             gone = self.gone(batch, clock, "camera", self.scores.drop_camera, False)
-            camera = _where(gone, torch.zeros_like(camera), camera)
+            camera = pick(gone, torch.zeros_like(camera), camera)
         return condition, camera
 
     def gone(self, batch: Batch, clock: Clock, name: str, part: float, whole: bool) -> Tensor:
         """Which samples lose something, (n,) of bool."""
         index = torch.zeros_like(batch["index"]) if whole else batch["index"]
         return self.draw({"index": index}, clock, f"drop {name}", torch.rand) < part
-
-
-def _where(mask: Tensor, yes: Any, no: Any) -> Any:
-    if isinstance(no, dict):
-        return {k: _where(mask, yes[k], v) for k, v in no.items()}
-    return torch.where(mask.to(no.device).view(-1, *[1] * (no.dim() - 1)), yes, no)

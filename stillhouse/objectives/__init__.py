@@ -1,6 +1,8 @@
 """Objectives: pure functions, one value per sample."""
 
 from stillhouse.objectives.adversarial import discrimination, scale_gradient
+from stillhouse.objectives.affinity import affinity, affinity_mimicking, info_nce
+from stillhouse.objectives.chunks import in_chunks
 from stillhouse.objectives.ensembles import (
     error_covariance,
     general_weights,
@@ -18,7 +20,9 @@ from stillhouse.objectives.features import (
     negative_mean,
     neuron_selectivity,
     overhaul,
+    smooth_l1,
     variational,
+    where_agreed,
 )
 from stillhouse.objectives.information import leave_one_out, mutual_information
 from stillhouse.objectives.injection import inject
@@ -29,6 +33,7 @@ from stillhouse.objectives.logits import (
     jensen_shannon,
     kl,
     mean_of_others,
+    normalised_kd,
     pairwise_kl,
     reverse_kl,
     soft_cross_entropy,
@@ -50,6 +55,8 @@ from stillhouse.objectives.targets import beta_draws, ranked_like, smoothed
 from stillhouse.objectives.tokens import token_cross_entropy, token_mean, tokens_per_sequence
 
 __all__ = [
+    "affinity",
+    "affinity_mimicking",
     "attention_transfer",
     "beta_draws",
     "cka",
@@ -65,6 +72,8 @@ __all__ = [
     "flow",
     "general_weights",
     "gram",
+    "in_chunks",
+    "info_nce",
     "inject",
     "inter_channel",
     "jensen_shannon",
@@ -80,6 +89,7 @@ __all__ = [
     "mutual_information",
     "negative_mean",
     "neuron_selectivity",
+    "normalised_kd",
     "nt_xent",
     "overhaul",
     "pairwise_kl",
@@ -92,6 +102,7 @@ __all__ = [
     "scale_gradient",
     "shortlist",
     "similarity",
+    "smooth_l1",
     "smoothed",
     "soft_cross_entropy",
     "standardise",
@@ -101,4 +112,5 @@ __all__ = [
     "tokens_per_sequence",
     "upcast",
     "variational",
+    "where_agreed",
 ]

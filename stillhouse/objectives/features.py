@@ -48,6 +48,25 @@ def cosine(teacher: Tensor, student: Tensor, detach_teacher: bool = True) -> Ten
     return 1 - F.cosine_similarity(t, s, dim=1)
 
 
+def smooth_l1(teacher: Tensor, student: Tensor, beta: float = 1.0, detach_teacher: bool = True) -> Tensor:
+    """mean_d of e²/(2β) where |e| < β, |e| − β/2 elsewhere, e = t − s, per sample: Huber's loss over β.
+
+    Args:
+        teacher, student: (n, …) of one shape.
+        beta: β > 0, where the parabola ends.
+        detach_teacher: no gradient to the teacher.
+
+    Returns:
+        (n,).
+
+    Example:
+        >>> smooth_l1(torch.tensor([[1.0], [4.0]]), torch.zeros(2, 1), beta=2.0)
+        tensor([0.2500, 3.0000])
+    """
+    t, s = _pair(teacher, student, detach_teacher, "smooth_l1")
+    return F.smooth_l1_loss(s, t, reduction="none", beta=beta).mean(1)
+
+
 def overhaul(teacher: Tensor, student: Tensor, margin: Tensor | float = 0.0, detach_teacher: bool = True) -> Tensor:
     """Σ_d δ_d (t_d − s_d)² per sample, t ← max(t, margin), δ = 0 where s ≤ t ≤ 0 (arXiv 1904.01866).
 
@@ -170,3 +189,27 @@ def attention_transfer(teacher: Tensor, student: Tensor, p: int = 2, detach_teac
     teacher = teacher.detach() if detach_teacher else teacher
     t, s = (F.normalize(upcast(f).abs().pow(p).sum(1).flatten(1), dim=1) for f in (teacher, student))
     return (t - s).square().sum(1)
+
+
+def where_agreed(values: Tensor, teacher_logits: Tensor, student_logits: Tensor, share: Tensor | None = None) -> Tensor:
+    """v_k · 1[argmax t_k = argmax z_k] / share per sample: its mean is that of v over the samples that agree.
+
+    Args:
+        values: (n,), such as `mse` of features; their gradient passes, the choice has none.
+        teacher_logits, student_logits: (n, C).
+        share: the part of all samples that agree, where these are a process's share of them; None takes it of these.
+
+    Returns:
+        (n,); zeros where no sample agrees. Source: GPUSQ-ViT (arXiv 2305.10727), which compares features so.
+
+    Example:
+        >>> t, z = torch.eye(3), torch.eye(3)[[0, 2, 2]]
+        >>> where_agreed(torch.tensor([1.0, 50.0, 3.0]), t, z).mean()
+        tensor(2.)
+    """
+    if values.shape != teacher_logits.shape[:1] or teacher_logits.shape != student_logits.shape:
+        shapes = [tuple(x.shape) for x in (values, teacher_logits, student_logits)]
+        raise UserError(f"where_agreed: expected values (n,) and two logits (n, C), got {shapes}")
+    same = (teacher_logits.argmax(-1) == student_logits.argmax(-1)).to(values.dtype)
+    share = same.mean() if share is None else share.to(values.dtype)
+    return torch.where(same > 0, values / share.clamp_min(torch.finfo(values.dtype).tiny), 0.0)

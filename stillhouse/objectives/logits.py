@@ -185,6 +185,42 @@ def decoupled_kl(
     return T**2 * (alpha * binary + beta * others)
 
 
+def normalised_kd(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    target: Tensor,
+    T: float = 1.0,
+    gamma: float = 1.0,
+    detach_teacher: bool = True,
+) -> Tensor:
+    """−p_y log q_y − γ T² Σ_{c≠y} p̂_c log q̂_c per sample (normalised KD, NKD, arXiv 2303.13005).
+
+    p, q are the teacher's and the student's softmax, p̂, q̂ their distributions among the other classes at temperature T.
+    The cross-entropy of the label itself, which the paper adds, is not in it.
+
+    Args:
+        teacher_logits, student_logits: (n, C), C ≥ 2.
+        target: (n,) class indices, or probabilities (n, C), whose largest is y.
+        T: temperature of the second part. gamma: its weight.
+        detach_teacher: no gradient to the teacher's logits.
+
+    Returns:
+        (n,); not zero where the two agree.
+
+    Example:
+        >>> normalised_kd(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([0]))  # log 3 / 3 + log 2
+        tensor([1.0594])
+    """
+    _same_shape(teacher_logits, student_logits, "normalised_kd")
+    teacher, student = upcast(teacher_logits.detach() if detach_teacher else teacher_logits), upcast(student_logits)
+    y = target.argmax(-1) if target.is_floating_point() else target
+    label = F.one_hot(y, teacher.shape[-1]).bool()
+    own = F.softmax(teacher, -1)[label] * F.log_softmax(student, -1)[label]
+    among = [F.log_softmax((z / T).masked_fill(label, -math.inf), -1) for z in (teacher, student)]
+    others = (among[0].exp() * among[1].masked_fill(label, 0.0)).sum(-1)
+    return -own - gamma * T**2 * others
+
+
 def standardise(logits: Tensor, eps: float = 1e-7) -> Tensor:
     """(z − mean_c z) / (std_c z + eps): logits of mean 0 and spread 1 (logit standardisation, arXiv 2403.01427).
 

@@ -1,9 +1,11 @@
-"""Attention that can lose heads: which modules can, and what stands in for nn.MultiheadAttention once it has."""
+"""Attention that can lose heads: how each kind stores them, and what stands in for nn.MultiheadAttention after."""
 
 from __future__ import annotations
 
 import sys
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -145,18 +147,83 @@ def torch_attention(module: object) -> bool:
     return known and module.in_proj_weight is not None and not extra
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where heads lie on one axis of one layer: `parts` times over (queries, keys, values), `block` channels a head.
+
+    Attributes:
+        layer: name of the attention's child, "" for the attention itself.
+        axis: of that layer, as in `layers.layout`.
+        block: channels of one head. parts: how often all heads follow one another on the axis.
+    """
+
+    layer: str
+    axis: Literal["out", "in", "heads"]
+    block: int
+    parts: int = 1
+
+    def channels(self, heads: int, index: Sequence[int]) -> tuple[int, ...]:
+        """The channels of some of `heads` heads."""
+        starts = [(part * heads + h) * self.block for part in range(self.parts) for h in index]
+        return tuple(start + i for start in starts for i in range(self.block))
+
+
+def heads_of(module: Any) -> tuple[int, tuple[Stored, ...]] | None:
+    """How many heads of an attention can be cut one by one, and how they are stored; None where none can.
+
+    Of grouped-query attention in transformers a "head" is one of keys and values with all queries that read it.
+    """
+    if timm_attention(module):
+        gate = (Stored("gate", "out", module.head_dim),) if getattr(module, "gate", None) is not None else ()
+        d = module.head_dim
+        return module.num_heads, (Stored("qkv", "out", d, 3), Stored("proj", "in", d), *gate)
+    if torch_attention(module):
+        return module.num_heads, (Stored("", "heads", module.head_dim, 3), Stored("out_proj", "in", module.head_dim))
+    return _hub_heads(module) if type(module).__module__.startswith("transformers.models.") else None
+
+
+def _hub_heads(module: Any) -> tuple[int, tuple[Stored, ...]] | None:
+    """Decoders and CLIP of transformers, whose attention reads the number of heads off its tensors."""
+    kind, children = type(module).__name__, {n for n, c in module.named_children() if any(True for _ in c.parameters())}
+    if {"q_proj", "k_proj", "v_proj", "o_proj"} == children - {"q_norm", "k_norm"} and hasattr(module, "head_dim"):
+        d, queries = module.head_dim, module.num_key_value_groups * module.head_dim
+        norms = [p for n in ("q_norm", "k_norm") for p in getattr(module, n, nn.Identity()).parameters()]
+        if any(p.numel() != d for p in norms):  # over all heads at once
+            return None
+        keys = (Stored("k_proj", "out", d), Stored("v_proj", "out", d))
+        return len(module.k_proj.weight) // d, (
+            Stored("q_proj", "out", queries),
+            *keys,
+            Stored("o_proj", "in", queries),
+        )
+    if kind == "GPT2Attention" and not module.is_cross_attention:
+        return module.num_heads, (Stored("c_attn", "out", module.head_dim, 3), Stored("c_proj", "in", module.head_dim))
+    if kind == "CLIPAttention":
+        d = module.head_dim
+        made = (Stored(n, "out", d) for n in ("q_proj", "k_proj", "v_proj"))
+        return len(module.k_proj.weight) // d, (*made, Stored("out_proj", "in", d))
+    if kind == "GPTNeoXAttention":
+        d = module.head_size
+        heads = len(module.query_key_value.weight) // (3 * d)
+        return heads, (Stored("query_key_value", "out", 3 * d), Stored("dense", "in", d))
+    return None
+
+
 def resize_heads(model: nn.Module, path: str, heads: int) -> nn.Module:
     """Fits an attention, whose tensors have already been cut, to its number of heads.
 
-    timm's own class can have any number; an nn.MultiheadAttention gives way to a `HeadAttention` on its tensors.
+    Those of timm and transformers can have any number; an nn.MultiheadAttention gives way to a `HeadAttention` on its
+    tensors.
 
     Returns:
         the model (another module only where the path is the whole model).
     """
     old = model.get_submodule(path)
     if not isinstance(old, nn.MultiheadAttention):
-        old.num_heads = heads  # type: ignore[assignment]
-        old.attn_dim = heads * cast(int, old.head_dim)  # type: ignore[assignment]
+        written = {"num_heads": 1, "attn_dim": getattr(old, "head_dim", 0), "split_size": getattr(old, "head_dim", 0)}
+        for name, each in written.items():  # transformers' newer classes read it off their tensors
+            if hasattr(old, name):
+                setattr(old, name, heads * cast(int, each))
         return model
     bias = old.in_proj_bias is not None
     new = HeadAttention(old.embed_dim, heads, old.head_dim, old.dropout, bias, old.batch_first, device="meta")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.students.attention import resize_heads
+from stillhouse.students.hub import settle
 from stillhouse.students.layers import Axis, expand, layout, part, set_width, tensors, width_of
 
 Slices = tuple[tuple[int, Tensor], ...]
@@ -51,7 +52,7 @@ class Keep:
     Attributes:
         module: path of the layer in the base (or of a bare parameter that scales channels).
         axis: "out" for the channels a layer makes (norms and depthwise convolutions too), "in" for those it
-            reads, "heads" for the heads of timm's attention and of nn.MultiheadAttention.
+            reads, "heads" for the heads of an attention (`attention.heads_of`).
         index: kept channel indices of the base, ascending.
     """
 
@@ -110,6 +111,7 @@ def cut(base: nn.Module, keeps: Sequence[Keep]) -> nn.Module:
     for edit in keeps:
         if edit.axis == "heads":
             model = resize_heads(model, edit.module, len(edit.index))
+    settle(model)
     return model
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError, did_you_mean
-from stillhouse.students.packing import Code, decode, encode
+from stillhouse.students.packing import PARTS, Code, decode, encode, pack, unpack
+from stillhouse.students.patterns import Pattern
+from stillhouse.students.removed import Leaves, keep_parts, without
 
 
 class Edit(Protocol):
@@ -37,7 +39,7 @@ class Edit(Protocol):
         ...
 
 
-def _at(model: nn.Module, path: str, kinds: tuple[type[nn.Module], ...], what: str) -> Any:
+def module_at(model: nn.Module, path: str, kinds: tuple[type[nn.Module], ...], what: str) -> Any:
     """The module at a path, if it is of one of the kinds."""
     try:
         found = model.get_submodule(path)
@@ -50,7 +52,8 @@ def _at(model: nn.Module, path: str, kinds: tuple[type[nn.Module], ...], what: s
     return found
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+def put_at(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The model with a module in place of the one at a path, which may be the model itself."""
     if not path:
         return module
     model.set_submodule(path, module)
@@ -74,8 +77,8 @@ class Factor:
     rank: int
 
     def apply(self, model: nn.Module) -> nn.Module:
-        layer = _at(model, self.module, (nn.Linear, nn.Conv2d), "factorised")
-        return _put(model, self.module, factorised(layer, self.rank, self.module))
+        layer = module_at(model, self.module, (nn.Linear, nn.Conv2d), "factorised")
+        return put_at(model, self.module, factorised(layer, self.rank, self.module))
 
     def facts(self) -> dict[str, Any]:
         return {"module": self.module, "rank": self.rank}
@@ -150,7 +153,7 @@ class Depth:
     source: tuple[int, ...]
 
     def apply(self, model: nn.Module) -> nn.Module:
-        blocks = _at(model, self.module, (nn.ModuleList, nn.Sequential), "made deeper or shallower")
+        blocks = module_at(model, self.module, (nn.ModuleList, nn.Sequential), "made deeper or shallower")
         if not self.source or not all(0 <= i < len(blocks) for i in self.source):
             raise UserError(f"{self.module}: source {list(self.source)} must name blocks 0…{len(blocks) - 1}")
         made = [copy.deepcopy(blocks[i]) for i in self.source]
@@ -158,30 +161,22 @@ class Depth:
             for part in block.modules():
                 if isinstance(getattr(part, "layer_idx", None), int):
                     part.layer_idx = j
-        config = getattr(model, "config", None)
+        owners = [self.module.rpartition(".")[0]]
+        while owners[-1]:
+            owners.append(owners[-1].rpartition(".")[0])
+        configs = (getattr(model.get_submodule(p), "config", None) for p in owners)
+        config = next((c for c in configs if c is not None), None)  # the nearest: two towers have one each
         for name in ("num_hidden_layers", "n_layer"):
             if getattr(config, name, None) == len(blocks):
                 setattr(config, name, len(made))
-        return _put(
+                if config is not None and getattr(config, "layer_types", None):  # of each layer, in newer classes
+                    config.layer_types = [config.layer_types[i] for i in self.source]
+        return put_at(
             model, self.module, type(blocks)(made) if isinstance(blocks, nn.ModuleList) else type(blocks)(*made)
         )
 
     def facts(self) -> dict[str, Any]:
         return {"module": self.module, "source": list(self.source)}
-
-
-class Skip(nn.Module):
-    """Gives its first input back, whatever else it is called with."""
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return x
-
-
-class Zero(nn.Module):
-    """Gives zeros like its first input: a residual branch that adds nothing."""
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return torch.zeros_like(x)
 
 
 @dataclass(frozen=True)
@@ -190,22 +185,25 @@ class Remove:
 
     Attributes:
         module: its path.
-        leaves: ``input``: the part gives its first input back; ``zero``: it gives zeros, so that a residual branch adds
-            nothing.
+        leaves: ``input``: the part gives its input back, an adaptive norm the plain norm, a block of two streams both;
+            ``zero``: it gives zeros, so that a residual branch adds nothing (`removed.without`).
+        keeps: paths under it of modules that others read, and which stay.
     """
 
     kind: ClassVar[str] = "remove"
     module: str
-    leaves: Literal["input", "zero"] = "input"
+    leaves: Leaves = "input"
+    keeps: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module) -> nn.Module:
-        _at(model, self.module, (nn.Module,), "removed")
-        if self.leaves not in ("input", "zero"):
-            raise UserError(f"{self.module}: what is removed leaves 'input' or 'zero', got {self.leaves!r}")
-        return _put(model, self.module, Skip() if self.leaves == "input" else Zero())
+        part = module_at(model, self.module, (nn.Module,), "removed")
+        for path in self.keeps:
+            module_at(part, path, (nn.Module,), "kept")
+        return put_at(model, self.module, keep_parts(without(part, self.leaves, self.module), part, self.keeps))
 
     def facts(self) -> dict[str, Any]:
-        return {"module": self.module, "leaves": self.leaves}
+        kept = {"keeps": list(self.keeps)} if self.keeps else {}
+        return {"module": self.module, "leaves": self.leaves, **kept}
 
 
 @dataclass(frozen=True)
@@ -213,63 +211,101 @@ class Pack:
     """A weight that is stored by its codes: on disk a few bits a value, in the network the values they stand for.
 
     ``w = scale_g · points[code] + zero_g`` for the group g of a value (`packing.Code`). The network gets the buffers
-    ``weight_points``, ``weight_scale`` and ``weight_zero``.
+    ``weight_points``, ``weight_scale`` and ``weight_zero``. Of a weight with an N:M pattern the file holds only what
+    stays, and where it stays as ``weight_places``.
 
     Attributes:
-        module: path of the layer whose ``weight`` is packed.
-        bits: of a code.
+        module: path of the layer whose weight is packed.
+        bits: of a code; 16 for float16 values and 0 for values in their own type, which both have no codes.
         group: values with one scale and zero; 0 for one group per output channel, -1 for the whole tensor.
+        weight: its name in the layer.
+        sparse: n, m and unit of a `patterns.Pattern`; empty where every value is stored.
+        axis: 0 where the pattern runs along the first dimension of a matrix, as in Conv1D of transformers, (in, out).
     """
 
     kind: ClassVar[str] = "pack"
     module: str
     bits: int
     group: int = 0
+    weight: str = "weight"
+    sparse: tuple[int, ...] = ()
+    axis: int = 1
 
     @property
-    def prefix(self) -> str:
-        return f"{self.module}." if self.module else ""
+    def name(self) -> str:
+        """Of the weight among the network's tensors."""
+        return f"{self.module}.{self.weight}" if self.module else self.weight
+
+    @property
+    def pattern(self) -> Pattern | None:
+        return Pattern(*self.sparse) if self.sparse else None
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the buffers of the layer that codes need."""
+        return [f"{self.weight}_{part}" for part in PARTS] if 0 < self.bits <= 8 else []
 
     def apply(self, model: nn.Module) -> nn.Module:
-        layer = _at(model, self.module, (nn.Module,), "packed")
-        weight = getattr(layer, "weight", None)
+        layer = module_at(model, self.module, (nn.Module,), "packed")
+        weight = getattr(layer, self.weight, None)
         if not isinstance(weight, Tensor):
-            raise UserError(f"{self.module}: a {type(layer).__name__} has no weight to pack")
-        code = Code.empty(weight.shape, self.bits, self.group)
-        for name, value in (("points", code.points), ("scale", code.scale), ("zero", code.zero)):
-            layer.register_buffer(f"weight_{name}", value)
+            raise UserError(f"{self.module}: a {type(layer).__name__} has no {self.weight} to pack")
+        if self.parts:
+            code = Code.empty(weight.shape, self.bits, self.group)
+            for name, part in zip(self.parts, PARTS, strict=True):
+                layer.register_buffer(name, getattr(code, part).to(weight.device))
         return model
 
     def code(self, tensors: Mapping[str, Tensor]) -> Code:
-        """The code that stands in a network's tensors."""
-        points, scale, zero = (tensors[f"{self.prefix}weight_{k}"] for k in ("points", "scale", "zero"))
+        """The code that stands in a network's tensors, or in a file, which leaves out what `Code.stored` does not name.
+
+        Raises:
+            KeyError: neither.
+        """
+        scale = tensors[f"{self.name}_scale"]
+        known = Code.empty(scale.shape, self.bits, 0)
+        points, zero = (tensors.get(f"{self.name}_{k}", getattr(known, k)) for k in ("points", "zero"))
         return Code(points, scale, zero, self.bits, self.group)
 
     def encode(self, tensors: dict[str, Tensor]) -> None:
-        """Puts codes in place of the weight."""
-        name = f"{self.prefix}weight"
-        tensors[name] = encode(tensors[name], self.code(tensors))
+        """Puts codes, and with a pattern places, in place of the weight.
 
-    def decode(self, tensors: dict[str, Tensor], shape: torch.Size) -> None:
+        Raises:
+            UserError: float16 does not hold its values, or it does not have the pattern.
+        """
+        w, pattern = tensors[self.name] if self.axis else tensors[self.name].mT, self.pattern
+        kept = w
+        if pattern is not None:
+            places = pattern.places(w)
+            tensors[f"{self.name}_places"], kept = pack(places, pattern.bits), pattern.kept(w, places)
+        if self.parts:
+            code = self.code(tensors)
+            tensors[self.name] = encode(w, code, pattern)
+            for part in set(PARTS) - set(code.stored()):
+                del tensors[f"{self.name}_{part}"]
+            return
+        tensors[self.name] = kept.half() if self.bits == 16 else kept
+        if not torch.equal(tensors[self.name].to(kept.dtype), kept):
+            raise UserError(f"{self.name} has values that float16 does not hold; round them before they are packed")
+
+    def decode(self, tensors: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
         """Puts the weight back in place of its codes."""
-        name = f"{self.prefix}weight"
-        tensors[name] = decode(tensors[name], self.code(tensors), shape)
+        stored, pattern, shape, places = tensors[self.name], self.pattern, shapes[self.name], None
+        shape = shape if self.axis else shape[::-1]
+        if pattern is not None:
+            count = shape.numel() // pattern.m * pattern.n // pattern.unit
+            places = unpack(tensors.pop(f"{self.name}_places"), pattern.bits, count)
+        if self.parts:
+            code = self.code(tensors)
+            tensors |= {f"{self.name}_{part}": getattr(code, part) for part in PARTS}
+            tensors[self.name] = decode(stored, code, shape, pattern, places)
+        elif pattern is not None and places is not None:
+            tensors[self.name] = pattern.placed(stored, places, shape)
+        if not self.axis:
+            tensors[self.name] = tensors[self.name].mT
 
     def facts(self) -> dict[str, Any]:
-        return {"module": self.module, "bits": self.bits, "group": self.group}
-
-
-KINDS: dict[str, type[Any]] = {k.kind: k for k in (Factor, Depth, Remove, Pack)}
-
-
-def read(facts: Mapping[str, Any]) -> Any:
-    """An edit from its JSON.
-
-    Raises:
-        UserError: a kind that this version does not know.
-    """
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k != "kind"}
-    kind = str(facts.get("kind"))
-    if kind not in KINDS:
-        raise UserError(f"this plan has an edit of kind {kind!r}; {did_you_mean(kind, KINDS)}, or upgrade Stillhouse")
-    return KINDS[kind](**fields)
+        facts: dict[str, Any] = {"module": self.module, "bits": self.bits, "group": self.group}
+        facts |= {"weight": self.weight} if self.weight != "weight" else {}
+        facts |= {"sparse": list(self.sparse)} if self.sparse else {}
+        return facts if self.axis else facts | {"axis": self.axis}

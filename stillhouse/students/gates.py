@@ -47,6 +47,15 @@ class HardConcrete(nn.Module):
             a = u.logit() + a
         return (torch.sigmoid(a / TEMPERATURE) * (HIGH - LOW) + LOW).clamp(0, 1)
 
+    @torch.no_grad()
+    def settled(self) -> Tensor:
+        """Gates for good: sigmoid(0.8·a/τ), but 0 for the n − Σ P(z > 0) (rounded) smallest; one always stays open.
+
+        Source: as `Budget`; 0.8 makes the middle of the distribution.
+        """
+        shut = round(self.log_alpha.numel() - float(self.open_probability().sum()))
+        return torch.sigmoid(0.8 * self.log_alpha / TEMPERATURE) * self.kept(self.log_alpha.numel() - shut)
+
     def open_probability(self) -> Tensor:
         """P(z > 0) of every gate."""
         return torch.sigmoid(self.log_alpha - TEMPERATURE * EDGE)

@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from stillhouse.errors import UserError, did_you_mean
-from stillhouse.students.attention import timm_attention, torch_attention
+from stillhouse.students.attention import heads_of, torch_attention
 
 Axis = Literal["out", "in", "heads"]
 Index = tuple[int, ...]
@@ -45,9 +45,18 @@ def is_depthwise(module: object) -> bool:
 
 def mixes_channels(module: object) -> bool:
     """Whether a normalisation layer takes statistics over channels, so that removing one moves the others."""
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or (
-        isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels
+    return (
+        isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        or _hub_norm(module)
+        or (isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels)
     )
+
+
+def _hub_norm(module: object) -> bool:
+    """Whether a module is one of transformers' RMS norms: a weight over the last dimension and nothing else."""
+    kind = type(module)
+    named = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("RMSNorm")
+    return named and [(n, p.dim()) for n, p in cast(nn.Module, module).named_parameters()] == [("weight", 1)]
 
 
 def layout(module: nn.Module | nn.Parameter, axis: Axis) -> Layout | None:
@@ -73,6 +82,11 @@ def layout(module: nn.Module | nn.Parameter, axis: Axis) -> Layout | None:
         if axis == "in":
             return Layout(module.in_features, {"weight": 1}, ("in_features",))
         return Layout(module.out_features, {"weight": 0, "bias": 0}, ("out_features",))
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        rows, columns = cast(Tensor, module.weight).shape  # GPT-2's linear layer, stored the other way round
+        return (
+            Layout(rows, {"weight": 0}, ("nx",)) if axis == "in" else Layout(columns, {"weight": 1, "bias": 0}, ("nf",))
+        )
     return _norm(module) if axis == "out" else None
 
 
@@ -94,6 +108,8 @@ def _norm(module: nn.Module) -> Layout | None:
         return Layout(cast(int, module.num_features), dims, ("num_features",))
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1:
         return Layout(module.normalized_shape[0], {"weight": 0, "bias": 0}, ("normalized_shape",))
+    if _hub_norm(module):
+        return Layout(len(cast(Tensor, module.weight)), {"weight": 0}, ())
     if isinstance(module, nn.GroupNorm) and module.num_groups in (1, module.num_channels):
         attrs = ("num_channels",) if module.num_groups == 1 else ("num_channels", "num_groups")
         return Layout(module.num_channels, {"weight": 0, "bias": 0}, attrs)
@@ -137,31 +153,30 @@ def under(path: str, prefixes: Sequence[str]) -> str | None:
 
 
 def attention(module: object) -> bool:
-    """Whether the heads of a module can be cut: timm's plain attention, or nn.MultiheadAttention."""
-    return timm_attention(module) or torch_attention(module)
+    """Whether the heads of a module can be cut: see `attention.heads_of`."""
+    return heads_of(module) is not None
 
 
 def expand(model: nn.Module, path: str, axis: Axis, index: Sequence[int]) -> list[tuple[str, Axis, Index]]:
-    """The same cut in terms of stored tensors: heads become rows of qkv (and gate) and columns of proj."""
+    """The same cut in terms of stored tensors: heads become rows of what makes them and columns of what reads them."""
     if axis != "heads":
         owner = path.rpartition(".")[0]
         if path and isinstance(part(model, owner), nn.MultiheadAttention):
             raise UserError(f"{path}: cut its nn.MultiheadAttention by heads instead, Keep({owner!r}, 'heads', …)")
         return [(path, axis, tuple(index))]
-    attn = part(model, path)
-    if not attention(attn):
-        known = "timm.layers.Attention and nn.MultiheadAttention (without kdim, vdim, add_bias_kv, add_zero_attn)"
-        raise UserError(f"{path}: {type(attn).__name__} has no heads to cut; {known} have")
-    heads, width = int(cast(nn.Module, attn).num_heads), int(cast(nn.Module, attn).head_dim)  # type: ignore[arg-type]
-    inner = tuple(h * width + j for h in index for j in range(width))
-    rows = tuple(third * heads * width + i for third in range(3) for i in inner)
+    heads, stored = _heads(model, path)
     dot = path + "." if path else ""
-    if torch_attention(attn):
-        return [(path, axis, rows), (dot + "out_proj", "in", inner)]
-    cuts: list[tuple[str, Axis, Index]] = [(dot + "qkv", "out", rows), (dot + "proj", "in", inner)]
-    if getattr(attn, "gate", None) is not None:
-        cuts.append((dot + "gate", "out", inner))
-    return cuts
+    return [(dot + s.layer if s.layer else path, s.axis, s.channels(heads, index)) for s in stored]
+
+
+def _heads(model: nn.Module, path: str) -> Any:
+    found = heads_of(attn := part(model, path))
+    if found is None:
+        known = "timm.layers.Attention, nn.MultiheadAttention (without kdim, vdim, add_bias_kv, add_zero_attn)"
+        raise UserError(
+            f"{path}: {type(attn).__name__} has no heads to cut; {known}, transformers' decoders and CLIP have"
+        )
+    return found
 
 
 def width_of(model: nn.Module, path: str, axis: Axis) -> int:
@@ -172,8 +187,7 @@ def width_of(model: nn.Module, path: str, axis: Axis) -> int:
     """
     module = part(model, path)
     if axis == "heads":
-        expand(model, path, axis, ())  # refuses what has no heads
-        return int(module.num_heads)  # type: ignore[arg-type, union-attr]
+        return int(_heads(model, path)[0])
     found = layout(module, axis)
     if found is None:
         raise UserError(f"{path}: {type(module).__name__} cannot lose channels on axis {axis!r}")

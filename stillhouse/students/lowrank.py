@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,10 @@ from stillhouse.evaluate import count_params
 from stillhouse.students.edits import Factor, full_rank, largest_paying_rank
 from stillhouse.students.parametrized import weight_layers
 from stillhouse.students.prune import Budget
+
+# Left whole, as by the released code of PELA; `classifier` is what transformers calls a head.
+ENDS = ("norm", "head", "head_dist", "classifier", "cls", "patch_embed", "downsample")
+FURTHER = {"SwinTransformer": ("attn.proj",)}  # by class of the network, as released
 
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # read their layers' weights
 
@@ -38,6 +43,51 @@ def factorable(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[
         if plain and whole and largest_paying_rank(layer) >= 1:
             found.append(path)
     return found
+
+
+def choose(
+    model: nn.Module, include: Sequence[str] = (), skip: Sequence[str] = (), least_outputs: int = 10
+) -> list[str]:
+    """Paths of the linear layers that are to be factorised.
+
+    Args:
+        include: paths or patterns; empty takes every linear layer outside `ENDS`.
+        skip: names left whole: a path, a part of paths such as ``attn.proj``, or a pattern.
+        least_outputs: layers with fewer outputs stay whole.
+
+    Raises:
+        UserError: a name the model does not have; a layer that is named and cannot be factorised; none is left.
+    """
+    paths = [n for n, _ in model.named_modules() if n]
+
+    def under(word: str) -> list[str]:
+        """The patterns for a name wherever it stands, of which some module is meant; the word itself if none is."""
+        forms = [word, f"*.{word}", f"*.{word}.*"]
+        return [f for f in forms if any(fnmatchcase(p, f) for p in paths)]
+
+    usual = () if include else (*ENDS, *FURTHER.get(type(model).__name__, ()))
+    left = [f for word in usual for f in under(word)] + [f for word in skip for f in under(word) or [word]]
+    found = weight_layers(model, (nn.Linear,), include, left)
+    able, chosen = set(factorable(model)), []
+    for path in found:
+        if path not in able and path in include:
+            raise UserError(f"{path}: {_why(model, path)}; leave it out")
+        if path in able and full_rank(model.get_submodule(path))[0] >= least_outputs:  # type: ignore[arg-type]
+            chosen.append(path)
+    if not chosen:
+        raise UserError(f"{type(model).__name__} has no linear layer left to factorise; give --modules or fewer --skip")
+    return chosen
+
+
+def _why(model: nn.Module, path: str) -> str:
+    """Why two thin layers cannot stand for this one."""
+    names = path.split(".")
+    for parent in (model.get_submodule(".".join(names[:k])) for k in reversed(range(len(names)))):
+        if isinstance(parent, READERS):
+            return f"{type(parent).__name__} reads the weight of this layer itself and cannot do with two"
+    if not largest_paying_rank(model.get_submodule(path)):  # type: ignore[arg-type]
+        return "no rank pays for a layer this small"
+    return "its weight is tied to another layer's, or a function of others, so two thin layers would add weights"
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ One form serves uniform and non-uniform, symmetric and asymmetric quantisation::
 
     w = scale_g · points[code] + zero_g,      g the group of the value
 
-Groups are consecutive values of the flattened tensor (a bucket), an output channel, or the whole tensor.
+Groups are consecutive values of the flattened tensor (a bucket), an output channel, or the whole tensor. Of weights
+with an N:M pattern only the codes of those that stay are kept, and their places (`patterns`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import UserError
+from stillhouse.students.patterns import Pattern
+
+PARTS = ("points", "scale", "zero")
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,29 @@ class Code:
 
     @staticmethod
     def empty(shape: torch.Size, bits: int, group: int) -> Code:
-        """Of the right sizes, to be filled."""
+        """Symmetric, with scale 1: of the right sizes, to be filled."""
         g = groups(shape, group)
-        return Code(torch.zeros(2**bits), torch.ones(g), torch.zeros(g), bits, group)
+        return Code(whole_points(bits), torch.ones(g), torch.zeros(g), bits, group)
+
+    def stored(self) -> list[str]:
+        """The parts that a file must hold: whole-number points and zeros are known without it."""
+        known = {"points": whole_points(self.bits), "zero": torch.zeros_like(self.zero)}
+        return [p for p in PARTS if p not in known or not torch.equal(getattr(self, p).cpu(), known[p].cpu())]
 
     def levels(self) -> Tensor:
         """The values each group can take, (groups, points)."""
         return self.scale[:, None] * self.points + self.zero[:, None]
+
+
+def whole_points(bits: int) -> Tensor:
+    """The points of a symmetric quantiser, ±(2^{b−1}−1), the last one twice; of one bit −1 and 0.
+
+    Example:
+        >>> whole_points(2).tolist()
+        [-1.0, 0.0, 1.0, 1.0]
+    """
+    most = max(1, 2 ** (bits - 1) - 1)
+    return torch.arange(-most, 2**bits - most).clamp(max=most).float()
 
 
 def groups(shape: torch.Size, group: int) -> int:
@@ -79,13 +99,16 @@ def nearest(values: Tensor, levels: Tensor) -> Tensor:
     return torch.searchsorted(between, values.contiguous())
 
 
-def encode(w: Tensor, code: Code) -> Tensor:
-    """The codes of a tensor, packed into bytes, (⌈n·bits/8⌉,) uint8."""
-    return pack(ungrouped(nearest(grouped(w.detach().float(), code.group), code.levels()), w.shape), code.bits)
+def encode(w: Tensor, code: Code, pattern: Pattern | None = None) -> Tensor:
+    """The codes of a tensor, packed into bytes, (⌈n·bits/8⌉,) uint8; with a pattern only of the n values that stay."""
+    index = ungrouped(nearest(grouped(w.detach().float(), code.group), code.levels()), w.shape)
+    return pack(index if pattern is None else pattern.kept(index, pattern.places(w)), code.bits)
 
 
-def decode(packed: Tensor, code: Code, shape: torch.Size) -> Tensor:
-    """The values that packed codes stand for, float32 of `shape`.
+def decode(
+    packed: Tensor, code: Code, shape: torch.Size, pattern: Pattern | None = None, places: Tensor | None = None
+) -> Tensor:
+    """The values that packed codes stand for, float32 of `shape`; with a pattern, at `places`, zeros elsewhere.
 
     Example:
         >>> code = Code(torch.tensor([-1.0, 0.0, 1.0, 2.0]), torch.tensor([0.5, 2.0]), torch.zeros(2), bits=2)
@@ -93,8 +116,13 @@ def decode(packed: Tensor, code: Code, shape: torch.Size) -> Tensor:
         >>> torch.equal(decode(encode(w, code), code, w.shape), w), encode(w, code).shape
         (True, torch.Size([2]))
     """
-    index = unpack(packed, code.bits, shape.numel()).view(shape)
-    return ungrouped(code.levels().gather(1, grouped(index, code.group)), shape)
+    if pattern is None or places is None:
+        index = unpack(packed, code.bits, shape.numel()).view(shape)
+        return ungrouped(code.levels().gather(1, grouped(index, code.group)), shape)
+    kept = unpack(packed, code.bits, len(places) * pattern.unit)
+    index = pattern.placed(kept, places, shape)
+    values = ungrouped(code.levels().gather(1, grouped(index, code.group)), shape)
+    return pattern.placed(pattern.kept(values, places), places, shape)
 
 
 def pack(index: Tensor, bits: int) -> Tensor:
@@ -125,8 +153,11 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return (stream.view(count, bits) << torch.arange(bits)).sum(1)
 
 
-def stored_bits(shape: torch.Size, code: Code) -> int:
-    """What a tensor takes on disk, in bits: codes in whole bytes, points, scales and zeros."""
-    return 8 * (-(-shape.numel() * code.bits // 8)) + 32 * (
-        code.points.numel() + code.scale.numel() + code.zero.numel()
-    )
+def stored_bits(shape: torch.Size, code: Code, pattern: Pattern | None = None) -> int:
+    """What a tensor takes on disk, in bits: codes and places in whole bytes, and what `Code.stored` says."""
+    count, places = shape.numel(), 0
+    if pattern is not None:
+        count = count // pattern.m * pattern.n
+        places = count // pattern.unit * pattern.bits
+    parts = sum(getattr(code, p).numel() for p in code.stored())
+    return 8 * (-(-count * code.bits // 8) + -(-places // 8)) + 32 * parts

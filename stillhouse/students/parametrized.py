@@ -8,6 +8,7 @@ edits with which a `Plan` stores them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stillhouse.errors import UserError, did_you_mean
-from stillhouse.students.edits import Pack
-from stillhouse.students.packing import Code, grouped, groups, nearest, ungrouped
+from stillhouse.students.edits import Edit, Pack
+from stillhouse.students.packing import PARTS, Code, grouped, groups, nearest, ungrouped, whole_points
+from stillhouse.students.patterns import Pattern
+from stillhouse.students.patterns import nm_mask as nm_mask
 
 EPS = 1e-10  # below it a group of equal values has scale 1
 
@@ -80,33 +83,6 @@ class Projector(nn.Module):
         return straight_through(w, self.values(fixed), self.passes(fixed))
 
 
-def nm_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
-    """True for the n largest magnitudes of every m consecutive weights along the reduction axis; ties go to the first.
-
-    The reduction axis of a linear layer is its input, of a convolution (input, kernel row, kernel column) flattened.
-
-    Args:
-        w: (out, …). Raises UserError where the rest does not divide by m.
-
-    Example:
-        >>> nm_mask(torch.tensor([[3.0, -4.0, 1.0, 2.0]])).tolist()
-        [[True, True, False, False]]
-    """
-    flat = w.reshape(len(w), -1)
-    if not 0 < n <= m or flat.shape[1] % m:
-        raise UserError(
-            f"{n}:{m} sparsity needs 0 < n <= m and rows that {m} divides, got a weight of {tuple(w.shape)}"
-        )
-    sizes = flat.reshape(-1, m).abs().unbind(1)
-    rank = [torch.zeros(sizes[0].shape, dtype=torch.int16, device=w.device) for _ in sizes]
-    for later in range(m):  # each pair once: for small m several times faster than sorting
-        for first in range(later):
-            ahead = sizes[first] >= sizes[later]
-            rank[later] += ahead
-            rank[first] += ~ahead
-    return (torch.stack(rank, 1) < n).view(w.shape)
-
-
 class NM(Projector):
     """N:M sparsity (`nm_mask`), the mask found anew in every forward pass, or kept as it is given.
 
@@ -115,24 +91,34 @@ class NM(Projector):
         mask: a fixed one.
         dense_gradient: whether weights that are out are moved too (the straight-through way); with a fixed mask they
             are not.
+        unit: neighbours that stay or go together.
     """
 
     mask: Tensor | None
 
-    def __init__(self, n: int = 2, m: int = 4, mask: Tensor | None = None, dense_gradient: bool | None = None):
+    def __init__(
+        self, n: int = 2, m: int = 4, mask: Tensor | None = None, dense_gradient: bool | None = None, unit: int = 1
+    ):
         super().__init__()
-        self.n, self.m = n, m
+        self.pattern = Pattern(n, m, unit)
         self.dense_gradient = mask is None if dense_gradient is None else dense_gradient
         self.register_buffer("mask", mask)
 
     def chosen(self, w: Tensor) -> Tensor:
-        return nm_mask(w, self.n, self.m) if self.mask is None else self.mask
+        return self.pattern.mask(w) if self.mask is None else self.mask
 
     def values(self, w: Tensor) -> Tensor:
         return torch.where(self.chosen(w), w, torch.zeros((), dtype=w.dtype, device=w.device))
 
     def passes(self, w: Tensor) -> Tensor | None:
         return None if self.dense_gradient else self.chosen(w)
+
+
+class Half(Projector):
+    """w as float16 has it, and so it is stored."""
+
+    def values(self, w: Tensor) -> Tensor:
+        return w.half().to(w.dtype)
 
 
 class Quantizer(Projector):
@@ -173,8 +159,7 @@ class Symmetric(Quantizer):
         most = max(1, 2 ** (self.bits - 1) - 1)
         scale = grouped(w.float(), self.group).abs().amax(1) / most
         scale = torch.where(scale < EPS, torch.ones_like(scale), scale)
-        points = torch.arange(-most, 2**self.bits - most, device=w.device).clamp(max=most).float()
-        return Code(points, scale, torch.zeros_like(scale), self.bits, self.group)
+        return Code(whole_points(self.bits).to(w.device), scale, torch.zeros_like(scale), self.bits, self.group)
 
     def steps(self, w: Tensor, code: Code) -> Tensor:
         """q as floats, (groups, size)."""
@@ -287,6 +272,11 @@ def weight_layers(
     return [p for p in found if not include or any(meant(i, p) for i in include)]
 
 
+def weight_name(layer: nn.Module) -> str:
+    """Which tensor of a layer is meant: ``weight``, of an nn.MultiheadAttention ``in_proj_weight``."""
+    return "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+
+
 def parametrize_weights(
     model: nn.Module, layers: Sequence[str], make: Callable[[str, nn.Module], nn.Module | None]
 ) -> list[str]:
@@ -305,7 +295,7 @@ def parametrize_weights(
         layer = model.get_submodule(path)
         projector = make(path, layer)
         if projector is not None:
-            parametrize.register_parametrization(layer, "weight", projector)
+            parametrize.register_parametrization(layer, weight_name(layer), projector)
             done.append(path)
     return done
 
@@ -313,8 +303,8 @@ def parametrize_weights(
 def projectors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """(path, layer, its list of parametrizations) of every layer whose weight is a function."""
     for path, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight"):
-            yield path, module, module.parametrizations["weight"]
+        if parametrize.is_parametrized(module, name := weight_name(module)):
+            yield path, module, module.parametrizations[name]
 
 
 def strip(model: nn.Module) -> None:
@@ -328,35 +318,59 @@ def _off(layer: nn.Module, keep_values: bool) -> None:
     kind: Any = type(layer)
     own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
     layer.__class__ = type(kind.__name__, kind.__bases__, own)
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep_values)
+    parametrize.remove_parametrizations(layer, weight_name(layer), leave_parametrized=keep_values)
+    if "weight" in layer._buffers:  # it was made of several tensors, and torch takes the result for a buffer
+        layer.weight = nn.Parameter(layer._buffers.pop("weight"))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def bake(model: nn.Module) -> list[Pack]:
+def bake(model: nn.Module) -> list[Edit]:
     """Puts the projected values in place of the weights, in place: plain layers that compute the same.
 
     Returns:
-        For every weight whose last projector is a `Quantizer` the edit with which a plan stores its codes; the layer
-        has the buffers that the edit needs. ``plan.then(*bake(model))`` is the plan of the baked model.
+        The edits with which a plan stores what the projectors left: codes where the last one is a `Quantizer`, float16
+        where it is `Half`, and only the weights that stay where one is an `NM` whose pattern they have. The layer has
+        the buffers that its edit needs. A last projector with ``baked(path, layer, *originals)`` gives a module that
+        stands for the layer, and the edit for that. ``plan.then(*bake(model))`` is the plan of the baked model.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 2))
         >>> _ = parametrize_weights(net, ["0"], lambda path, layer: Symmetric(4))
-        >>> bake(net)
-        [Pack(module='0', bits=4, group=0)]
+        >>> [edit.facts() for edit in bake(net)]
+        [{'module': '0', 'bits': 4, 'group': 0}]
     """
-    edits = []
+    edits: list[Edit] = []
     for path, layer, chain in list(projectors(model)):
-        code, last = None, chain.eval()[-1]  # what draws in training does not in the end
-        if isinstance(last, Quantizer):
+        code, made = None, list(chain.eval())  # what draws in training does not in the end
+        if hasattr(made[-1], "baked"):
+            kept = [p.detach() for n, p in chain.named_parameters(recurse=False) if n.startswith("original")]
+            _off(layer, keep_values=True)
+            other, edit = made[-1].baked(path, layer, *kept)
+            model.set_submodule(path, other)
+            edits.append(edit)
+            continue
+        if isinstance(last := made[-1], Quantizer):
             before = chain.original
-            for earlier in list(chain)[:-1]:
+            for earlier in made[:-1]:
                 before = earlier(before)
             code = last.code(before)
         _off(layer, keep_values=True)
+        name = weight_name(layer)
+        w: Any = getattr(layer, name)
+        sparse = _pattern(made, w)
         if code is not None:
-            for name, value in (("points", code.points), ("scale", code.scale), ("zero", code.zero)):
-                layer.register_buffer(f"weight_{name}", value.detach().clone())
-            assert groups(layer.weight.shape, code.group) == len(code.scale)  # type: ignore[arg-type]
-            edits.append(Pack(path, code.bits, code.group))
+            for part in PARTS:
+                layer.register_buffer(f"{name}_{part}", getattr(code, part).detach().clone())
+            assert groups(w.shape, code.group) == len(code.scale)
+        bits = code.bits if code is not None else 16 if isinstance(last, Half) else 0
+        if bits or sparse:
+            edits.append(Pack(path, bits, code.group if code else 0, name, sparse))
     return edits
+
+
+def _pattern(chain: Sequence[nn.Module], w: Tensor) -> tuple[int, ...]:
+    """n, m and unit of the N:M pattern that a weight has behind its projectors; empty where it has none."""
+    for p in (p.pattern for p in chain if isinstance(p, NM)):
+        if p.n < p.m and p.fits(w.shape) and not p.broken(w):
+            return astuple(p)
+    return ()

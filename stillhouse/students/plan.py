@@ -15,15 +15,19 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from stillhouse.errors import UserError
-from stillhouse.students import edits as other
+from stillhouse.errors import UserError, did_you_mean
+from stillhouse.students.activations import Inputs
 from stillhouse.students.cutting import Keep, Slices, bare_copy, cut, masked, slices, take
-from stillhouse.students.edits import Edit
+from stillhouse.students.edits import Depth, Edit, Factor, Pack, Remove
+from stillhouse.students.edits_shared import Dictionary, Split
+from stillhouse.students.edits_sparse import DenseSparse
 from stillhouse.students.layers import Axis
 
 __all__ = ["Axis", "Edit", "Keep", "Plan", "bare_copy", "signature", "take"]
 
 VERSION = 1
+EDITS = (Factor, Depth, Remove, Inputs, Pack, Dictionary, Split, DenseSparse)  # besides `Keep`
+KINDS: dict[str, type[Any]] = {k.kind: k for k in EDITS}
 
 
 def signature(model: nn.Module) -> str:
@@ -66,13 +70,19 @@ class Plan:
         return Plan((), signature(base))
 
     def then(self, *edits: Keep | Edit) -> Plan:
-        """This plan, and further edits of what it builds; channels kept of kept channels become one cut of the base."""
+        """This plan, and further edits of what it builds.
+
+        Channels kept of kept channels become one cut of the base; a weight that is packed again is stored in the last
+        way alone.
+        """
         end = len(self.edits)
         while end and isinstance(self.edits[end - 1], Keep):
             end -= 1
         start = next((i for i, e in enumerate(edits) if not isinstance(e, Keep)), len(edits))
         before, after = cast("list[Keep]", self.edits[end:]), cast("list[Keep]", edits[:start])
-        return replace(self, edits=(*self.edits[:end], *_joined(before, after), *edits[start:]))
+        again = {e.name for e in edits if isinstance(e, Pack)}
+        earlier = [e for e in self.edits[:end] if not (isinstance(e, Pack) and e.name in again)]
+        return replace(self, edits=(*earlier, *_joined(before, after), *edits[start:]))
 
     @property
     def keeps(self) -> tuple[Keep, ...]:
@@ -137,27 +147,37 @@ class Plan:
         return masked(base, self.keeps)
 
     def encoded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A built network's tensors as they are stored: packed weights by their codes."""
+        """A built network's tensors as they are stored: packed weights by their codes, shared ones once."""
         made = dict(tensors)
-        for edit in self._packs():
+        for edit in self._stored():
             edit.encode(made)
         return made
 
     def decoded(self, stored: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """The tensors of `model`, which this plan built, from what `encoded` gave."""
         made, shapes = dict(stored), {k: v.shape for k, v in model.state_dict().items()}
-        for edit in self._packs():
-            edit.decode(made, shapes[f"{edit.prefix}weight"])
+        for edit in self._stored():
+            edit.decode(made, shapes)
         return made
 
     def saved_bytes(self, model: nn.Module) -> int:
-        """Bytes by which the codes of packed weights are smaller than the weights in memory."""
+        """Bytes by which packed weights, with all that is stored beside them, are smaller than in memory."""
         own = model.state_dict()
-        packed = [(own[f"{e.prefix}weight"], e.bits) for e in self._packs()]
-        return sum(w.numel() * w.element_size() - -(-w.numel() * bits // 8) for w, bits in packed)
+        stored, sizes = dict(own), [0, 0]
+        for edit in (e for e in self.edits if isinstance(e, Pack | DenseSparse)):
+            edit.encode(stored)
+        for k, tensors in enumerate((own, stored)):
+            sizes[k] = sum(t.numel() * t.element_size() for t in tensors.values())
+        return sizes[0] - sizes[1]
 
-    def _packs(self) -> list[other.Pack]:
-        return [e for e in self.edits if isinstance(e, other.Pack)]
+    @property
+    def packed(self) -> bool:
+        """Whether tensors lie otherwise on disk than in the network, so that only `stillhouse.load` reads them."""
+        return bool(self._stored())
+
+    def _stored(self) -> list[Any]:
+        """The edits that say how tensors lie on disk."""
+        return [e for e in self.edits if hasattr(e, "encode")]
 
     def to_json(self) -> str:
         """The plan as JSON text; index lists are written as ranges such as ``0-15,17``."""
@@ -188,6 +208,15 @@ class Plan:
             raise UserError(f"not a readable plan: {type(error).__name__} {error}") from None
 
 
+def unpacked(network: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
+    """A student whose weights were packed as one with plain weights of the same values, in place, to go on from."""
+    for edit in (e for e in plan.edits if isinstance(e, Pack)):
+        layer = network.get_submodule(edit.module)
+        for part in edit.parts:
+            del layer._buffers[part]
+    return network, replace(plan, edits=tuple(e for e in plan.edits if not isinstance(e, Pack)))
+
+
 def _joined(before: Sequence[Keep], after: Sequence[Keep]) -> list[Keep]:
     """Two cuts, the second of what the first left, as one."""
     first = {(e.module, e.axis): e for e in before}
@@ -204,9 +233,13 @@ def _facts(edit: Keep | Edit) -> dict[str, Any]:
 
 
 def _read(facts: Mapping[str, Any]) -> Keep | Edit:
-    if "kind" in facts:
-        return other.read(facts)
-    return Keep(facts["module"], facts["axis"], _indices(facts["keep"]))
+    if "kind" not in facts:
+        return Keep(facts["module"], facts["axis"], _indices(facts["keep"]))
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k != "kind"}
+    kind = str(facts["kind"])
+    if kind not in KINDS:
+        raise UserError(f"this plan has an edit of kind {kind!r}; {did_you_mean(kind, KINDS)}, or upgrade Stillhouse")
+    return KINDS[kind](**fields)
 
 
 def _ranges(index: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.students.groups import Group, Member, call, plain
-from stillhouse.students.layers import Axis, attention, is_depthwise, layout, part, tensors, under
+from stillhouse.students.layers import Axis, attention, is_depthwise, layout, part, tensors, under, width_of
 from stillhouse.students.plan import bare_copy
 from stillhouse.students.proof import on, proved, trial_copy
 
@@ -124,7 +124,7 @@ def _transformer_groups(model: nn.Module) -> Iterator[Group]:
     for name, module in model.named_modules():
         dot = name + "." if name else ""
         if attention(module):
-            heads = int(module.num_heads)
+            heads = width_of(model, name, "heads")
             yield Group(name, heads, (Member(name, "heads", tuple((h,) for h in range(heads))),))
         elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             yield from _chained(dot, module)

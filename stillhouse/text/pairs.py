@@ -19,6 +19,7 @@ from torch import Tensor
 from stillhouse.data import Arrays, Data, Images, Samples, Subset, find, load
 from stillhouse.data.external import choose_splits, fetch
 from stillhouse.data.images import Rows, usual_size
+from stillhouse.data.named import resized
 from stillhouse.data.samples import digest, draws
 from stillhouse.data.sets import divide
 from stillhouse.errors import UserError, did_you_mean
@@ -29,6 +30,7 @@ from stillhouse.text.sentences import PART_OF, lines_of
 TEMPLATES = ("a photo of a {}", "a picture of the {}", "an image showing a {}", "this is a {}", "one {}")
 IMAGE_KEYS, TEXT_KEYS = ("file_name", "image", "file", "path"), ("text", "caption", "captions", "name")
 ONE = ("pair",)  # the class of pairs without labels
+Statistics = tuple[Sequence[float], Sequence[float]]  # mean and deviation of each channel
 Captioned = tuple[Samples, list[tuple[str, ...]]]  # images, and the captions of each
 
 
@@ -44,12 +46,20 @@ class Pairs(Samples):
         captions: of each image, at least one.
         tokenizer: of transformers, with padding.
         length: most tokens, special ones included; longer captions lose their end.
+        statistics: mean and deviation that the model's images are normalised by, instead of the images' own.
 
     Raises:
         UserError: an image without a caption, an empty one, a tokenizer without padding.
     """
 
-    def __init__(self, images: Samples, captions: Sequence[Sequence[str]], tokenizer: Any, length: int = 77):
+    def __init__(
+        self,
+        images: Samples,
+        captions: Sequence[Sequence[str]],
+        tokenizer: Any,
+        length: int = 77,
+        statistics: Statistics | None = None,
+    ):
         if len(images) != len(captions):
             raise UserError(f"{len(images)} images have captions for {len(captions)}; give captions for each image")
         bad = next((i for i, c in enumerate(captions) if not c or not all(t.strip() for t in c)), None)
@@ -58,6 +68,7 @@ class Pairs(Samples):
         if getattr(tokenizer, "pad_token_id", None) is None:
             raise UserError(f"{type(tokenizer).__name__} has no padding token; set tokenizer.pad_token")
         self.images, self.captions, self.tokenizer, self.length = images, captions, tokenizer, length
+        self.statistics = statistics
         self.labels, self.classes, self.shape = images.labels, images.classes, images.shape
         number = {text: k for k, text in enumerate(dict.fromkeys(t for c in captions for t in c))}
         self._of = [np.array([number[t] for t in c]) for c in captions]
@@ -67,7 +78,7 @@ class Pairs(Samples):
     @cached_property
     def fingerprint(self) -> str:
         texts = [np.concatenate([np.append(self._ids[k], -1) for k in of]) for of in self._of]
-        return digest("pairs", self.images.fingerprint, np.concatenate(texts))
+        return digest("pairs", self.images.fingerprint, np.concatenate(texts), self.statistics)
 
     @property
     def one_thread(self) -> bool:
@@ -78,7 +89,15 @@ class Pairs(Samples):
         batch = self.images.take(ids, view=view, seed=seed)
         u = np.zeros(len(ids)) if view is None else draws(fold(seed, "caption"), view, ids, 1)[:, 0]
         rows = [self._ids[self._of[i][int(x * len(self._of[i]))]] for i, x in zip(ids, u, strict=True)]
-        return {**batch, "input": {**padded(rows, self.tokenizer.pad_token_id), "pixel_values": batch["input"]}}
+        pixels = self._normalised(batch["input"])
+        return {**batch, "input": {**padded(rows, self.tokenizer.pad_token_id), "pixel_values": pixels}}
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        if self.statistics is None:
+            return x
+        own = getattr(self.images, "mean", None) or [0.0], getattr(self.images, "std", None) or [1.0]
+        m0, s0, m1, s1 = (torch.tensor(v, dtype=x.dtype).view(-1, 1, 1) for v in (*own, *self.statistics))
+        return (x * s0 + m0 - m1) / s1
 
 
 def _ids(tokenizer: Any, texts: list[str], length: int | None) -> list[list[int]]:
@@ -129,14 +148,15 @@ class PairData:
 
 def pair_data(
     parts: Mapping[str, Captioned], name: str, *, prompts: Sequence[Sequence[str]] = (), tokenizer: Any = None,
-    length: int = 77, seed: int = 0, limit: int | None = None, notes: Sequence[str] = (),
+    length: int = 77, statistics: Statistics | None = None, seed: int = 0, limit: int | None = None,
+    notes: Sequence[str] = (),
 ) -> PairData:  # fmt: skip
     """`PairData` of images and their captions.
 
     Args:
         parts: ``train`` and perhaps ``test``, without which a fifth of the training pairs is set apart.
         prompts: of each class its captions. tokenizer: by default the words of the training captions, in lower case.
-        length: most tokens of a caption. seed: of the test part. limit: keep the first so many training pairs.
+        length, statistics: see `Pairs`. seed: of the test part. limit: keep the first so many training pairs.
 
     Example:
         >>> images = Arrays(np.zeros((10, 1, 4, 4), np.uint8), np.zeros(10, int))
@@ -150,7 +170,8 @@ def pair_data(
     if "test" not in parts:
         rest, part = divide(np.zeros(len(images), np.int64), 0.2, seed)
         made = {
-            k: (Subset(images, at, own_ids=True), [captions[i] for i in at]) for k, at in (("train", rest), ("test", part))
+            k: (Subset(images, at, own_ids=True), [captions[i] for i in at])
+            for k, at in (("train", rest), ("test", part))
         }
         notes.append(f"test: {len(part)} of {len(images)} pairs, set apart with seed {seed}")
     images, captions = made["train"]
@@ -161,7 +182,7 @@ def pair_data(
         texts = [t for c in (*made["train"][1], *prompts) for t in c]
         tokenizer = small_tokenizer(dict.fromkeys(texts), lower=True)
         notes.append("tokens: the words of the training captions")
-    train, test = (Pairs(*made[k], tokenizer, length) for k in ("train", "test"))
+    train, test = (Pairs(*made[k], tokenizer, length, statistics) for k in ("train", "test"))
     if train.shape != test.shape:
         raise UserError(f"{name}: training images are {train.shape}, test images {test.shape}; make them equal")
     if train.longer:
@@ -192,8 +213,7 @@ def caption_data(data: Data, templates: Sequence[str] = TEMPLATES, **how: Any) -
 
 
 def open_pairs(spec: str, *, image_size: int | None = None, templates: Sequence[str] = TEMPLATES, seed: int = 0,
-               limit: int | None = None, augment: str | None = None, skip_bad: bool = False,
-               **how: Any) -> PairData:  # fmt: skip
+               limit: int | None = None, augment: str | None = None, **how: Any) -> PairData:  # fmt: skip
     """Pairs by name.
 
     Args:
@@ -207,32 +227,35 @@ def open_pairs(spec: str, *, image_size: int | None = None, templates: Sequence[
         UserError: none of these; rows without image or caption.
     """
     how = {**how, "seed": seed}
-    images = {"image_size": image_size, "augment": augment or "none", "skip_bad": False}
+    images = {"image_size": image_size, "augment": augment or "none"}
     if spec == "emoji-captions":
-        return pair_data(emoji(), spec, limit=limit, **how)
+        return pair_data(emoji(image_size, augment or "none"), spec, limit=limit, **how)
     if spec.startswith("hf:") and "text" in dict(parse_qsl(spec.partition("?")[2])):
         return pair_data(hub_pairs(spec.removeprefix("hf:"), images), spec, limit=limit, **how)
     if listed := listing(Path(spec)):
         return pair_data(folder_pairs(listed, images), spec, limit=limit, **how)
     if Path(spec).is_dir():
         raise UserError(f"{spec} holds no captions.jsonl, captions.csv or metadata.jsonl; or folder:{spec} for classes")
-    data = load(spec, image_size=image_size, limit=limit, augment=augment, skip_bad=skip_bad, seed=seed)
+    data = load(spec, image_size=image_size, limit=limit, augment=augment, seed=seed)
     return caption_data(data, templates, **how)
 
 
-def emoji() -> dict[str, Captioned]:
+def emoji(image_size: int | None = None, augment: str = "none") -> dict[str, Captioned]:
     """The parts of emoji-captions; an emoji's captions are its name, and its name with each two of its keywords."""
     home = find("emoji-captions")
     rows = [json.loads(line) for line in lines_of(home / "captions.jsonl.gz")]
     with np.load(home / "images.npz", allow_pickle=False) as z:
         x = z["images"].transpose(0, 3, 1, 2)
+    x = resized(x, image_size) if image_size else x
+    look: dict[str, Any] = {"classes": ONE, "mean": [0.5] * 3, "std": [0.5] * 3}
     parts: dict[str, Captioned] = {}
-    for name, split in (("train", "train"), ("test", "test")):
-        mine = [r for r in rows if r["split"] == split]
+    for part in ("train", "test"):
+        mine = [r for r in rows if r["split"] == part]
         at = np.array([r["index"] for r in mine])
         words = [[r["keywords"][i : i + 2] for i in range(0, len(r["keywords"]), 2)] for r in mine]
         texts = [(r["name"], *(" ".join((r["name"], *w)) for w in ws)) for r, ws in zip(mine, words, strict=True)]
-        parts[name] = Arrays(x[at], np.zeros(len(at)).astype(int), classes=ONE, mean=[0.5] * 3, std=[0.5] * 3), texts
+        how = augment if part == "train" else "none"
+        parts[part] = Arrays(x[at], np.zeros(len(at), np.int64), augment=how, **look), texts
     return parts
 
 
@@ -243,7 +266,7 @@ def listing(folder: Path) -> Path | None:
 
 
 def folder_pairs(listed: Path, how: Mapping[str, Any]) -> dict[str, Captioned]:
-    """Parts of a folder with images and a list of captions; the images of one with several rows have several captions."""
+    """Parts of a folder with images and a list of captions; an image in several rows has several captions."""
     lines = lines_of(listed)
     rows: list[tuple[str, Mapping[str, Any]]] = []
     if listed.suffix == ".csv":
@@ -267,15 +290,18 @@ def folder_pairs(listed: Path, how: Mapping[str, Any]) -> dict[str, Captioned]:
     if "train" not in parts:
         raise UserError(f"{listed} lists no training pairs")
     size = how["image_size"] or usual_size(list(parts["train"]))
-    return {
-        k: (_images(list(found), {**how, "image_size": size}), [tuple(c) for c in found.values()])
-        for k, found in parts.items()
-        if k != "held_out"
-    }
+    made: dict[str, Captioned] = {}
+    for part, found in judged(parts).items():
+        look = {**how, "image_size": size, **({"augment": "none"} if part == "test" else {})}
+        images = Images(list(found), np.zeros(len(found), np.int64), ONE, **look)
+        made[part] = images, [tuple(c) for c in found.values()]
+    return made
 
 
-def _images(files: list[Path], how: Mapping[str, Any]) -> Images:
-    return Images(files, np.zeros(len(files), np.int64), ONE, **how)
+def judged(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Training and test part alone; what was held out is the test part where there is no other."""
+    test = parts.get("test", parts.get("held_out"))
+    return {"train": parts["train"]} | ({} if test is None else {"test": test})
 
 
 def hub_pairs(spec: str, how: Mapping[str, Any]) -> dict[str, Captioned]:
@@ -288,12 +314,12 @@ def hub_pairs(spec: str, how: Mapping[str, Any]) -> dict[str, Captioned]:
     tables = fetch(name, asked.get("config"))
     image, text = asked.get("image", "image"), asked["text"]
     parts: dict[str, Captioned] = {}
-    for part, split in choose_splits(tables, asked, spec).items():
+    for part, split in judged(choose_splits(tables, asked, spec)).items():
         table = tables[split]
         for column in (image, text):
             if column not in table.features:
                 raise UserError(f"hf:{spec} has no column {column!r}; {did_you_mean(column, table.features)}")
         texts = [(c,) if isinstance(c, str) else tuple(c) for c in table[text]]
-        size = {**how, "image_size": how["image_size"] or 224}
-        parts[part] = Rows(table, image, np.zeros(len(table), np.int64), ONE, **size), texts
-    return {k: v for k, v in parts.items() if k != "held_out"}
+        look = {**how, "image_size": how["image_size"] or 224, **({"augment": "none"} if part == "test" else {})}
+        parts[part] = Rows(table, image, np.zeros(len(table), np.int64), ONE, **look), texts
+    return parts

@@ -348,11 +348,11 @@ def test_thin_students_compose_and_export(tmp_path):
     cfg = replace(TINY, tune_epochs=0.0)
     first = distill(run, data, SMALL, cfg)
     first.save(tmp_path / "a")
-    from stillhouse.recipes.pela.experiment import OPTIONS, given
+    from stillhouse.recipes.pela.experiment import OPTIONS
 
     home = tmp_path / "a/students/student"
     again = replace(cfg, teacher_epochs=0.0, modules=("blocks.0.mlp.fc1.1",), ratio=1.2, epochs=1.0)
-    spec, network, plan = given(OPTIONS(out=tmp_path, model=str(home)), data, again, 0)
+    spec, network, plan = OPTIONS(out=tmp_path, model=str(home)).trained(data, SMALL.name)
     family = distill(Run(tmp_path / "b", quiet=True, device="cpu"), data, spec, again, network=network, plan=plan)
     family.save(tmp_path / "b")
     model = stillhouse.load(tmp_path / "b/students/student")

@@ -225,7 +225,7 @@ def test_every_step_does_what_it_says(whole):
 def test_files_shrink_as_they_should(whole):
     family, folder = whole
     sizes = [sum(t.nbytes for t in load_file(folder / f"students/{m.name}/model.safetensors").values()) for m in family]
-    assert sizes[0] > sizes[1] > sizes[2] == sizes[3] == sizes[4] > 3 * sizes[5]
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[3] == sizes[4] > 2 * sizes[5]
     exported = json.loads((folder / "6-quantize-torch-export.json").read_text())
     assert "6-quantize.pt2" in exported and (folder / "exports/6-quantize.pt2").exists()
 

@@ -148,7 +148,7 @@ def known_flags() -> set[str]:
     configs = [recipes.find(name).Config for name in recipes.names()]
     options = [getattr(recipes.experiment(name), "OPTIONS", ImageOptions) for name in recipes.names()]
     names = {f.name.replace("_", "-") for c in (ImageOptions, *options, *configs) for f in fields(c)}
-    commands_py = (PACKAGE / "cli.py").read_text()
+    commands_py = "".join((PACKAGE / name).read_text() for name in ("cli.py", "recommending.py"))
     scripts = "".join(p.read_text() for p in (ROOT / "benchmarks").glob("*.py"))
     return (
         {f"--{n}" for n in names}

@@ -90,7 +90,10 @@ def test_quantisers(make, bits, group):
     assert packed.numel() == -(-96 * bits // 8) and packed.dtype == torch.uint8
     assert torch.equal(decode(packed, code, W.shape), made)
     assert len(made.unique()) <= 2**bits * len(code.scale)
-    assert stored_bits(W.shape, code) == 8 * packed.numel() + 32 * (2**bits + 2 * len(code.scale))
+    known = code.stored()  # the points and zeros of a symmetric code are known without being stored
+    assert known == (["scale"] if make is Symmetric else ["points", "scale", "zero"])
+    parts = 2**bits + 2 * len(code.scale) if make is MinMax else len(code.scale)
+    assert stored_bits(W.shape, code) == 8 * packed.numel() + 32 * parts
 
 
 def test_zero_stays_zero_and_masks_survive():
@@ -133,8 +136,9 @@ def test_baking_changes_nothing_and_leaves_plain_layers():
     parametrize_weights(net, ["0"], lambda path, layer: Symmetric(4))  # on top: sparse, then quantised
     x = torch.randn(3, 16, generator=G)
     want = net(x)
-    (edit,) = bake(net)
-    assert torch.equal(net(x), want) and not list(projectors(net)) and edit.module == "0"
+    edit, sparse = bake(net)
+    assert torch.equal(net(x), want) and not list(projectors(net)) and (edit.module, sparse.module) == ("0", "2")
+    assert (edit.bits, edit.sparse, sparse.bits, sparse.sparse) == (4, (2, 4, 1), 0, (2, 4, 1))
     assert {type(m) for m in net} == {nn.Linear, nn.ReLU}
     code = edit.code(net.state_dict() and dict(net.named_buffers()))
     assert torch.equal(decode(encode(net[0].weight, code), code, net[0].weight.shape), net[0].weight)

@@ -7,9 +7,8 @@ stillhouse run pela --model timm:deit_small_patch16_224 --pretrained --data fold
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,32 +17,20 @@ from torch import nn
 
 from stillhouse.data import Data, Samples, load
 from stillhouse.engine import Run
-from stillhouse.errors import UserError
 from stillhouse.evaluate import call, classification, environment, evaluating, fidelity, predict
 from stillhouse.family import Family
-from stillhouse.files import read_json
 from stillhouse.models import ModelSpec
-from stillhouse.options import ClassifierOptions
-from stillhouse.outcomes import load as load_student
 from stillhouse.plain import train_teacher
 from stillhouse.recipes.pela.config import Config
 from stillhouse.recipes.pela.recipe import distill
 from stillhouse.recipes.pela.system import deviation, feature_error
 from stillhouse.report import Claim, Curve, Report, Table
 from stillhouse.students.blocks import block_paths
-from stillhouse.students.plan import Plan
 from stillhouse.taps import tap
-from stillhouse.teacher_options import filled
+from stillhouse.teacher_options import TrainedOptions
 from stillhouse.trials import Results, claim, difference, mean, table, trials
 
-
-@dataclass(frozen=True)
-class OPTIONS(ClassifierOptions):
-    """Images or sentences, and a trained network."""
-
-    weights: Path | None = None  # .safetensors with the state dict of --model, which may also be RUN/students/NAME
-
-
+OPTIONS = TrainedOptions
 PRESET = Config(ratio=6.0, epochs=8.0, teacher_epochs=40.0, batch=64, lr=1e-3, teacher_lr=2e-3)
 TINY = replace(PRESET, epochs=1.0, teacher_epochs=1.0, tune_epochs=1.0, logits=0.5, batch=32)
 VIT = {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4}
@@ -71,7 +58,9 @@ def tiny(run: Run, cfg: Config = TINY, base: ModelSpec = SMALL) -> Family:
 def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None:
     """One thin network as the command makes it; without flags also every arm on digits, over seeds."""
     data = options.load_data("digits")
-    spec, network, plan = given(options, data, cfg, run.seed) if options.own else (BASE, None, None)
+    spec, network, plan = BASE, None, None
+    if options.own:
+        spec, network, plan = options.trained(data, BASE.name, fresh=bool(cfg.teacher_epochs))
     family = distill(run, data, spec, cfg, network=network, plan=plan)
     report = describe(run, family, data, cfg, command) if run.main else None
     run.barrier()
@@ -89,24 +78,6 @@ def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None
             note = "mean ± standard deviation over seeds; feature error: L_fm on the test digits"
             report.tables.append(table(f"Arms on digits at c = {cfg.ratio:g}", arms, columns, note))
     return report
-
-
-def given(options: OPTIONS, data: Data, cfg: Config, seed: int) -> tuple[ModelSpec, nn.Module, Plan | None]:
-    """The user's trained network: a folder of another run, published weights, a file, or one to be trained first."""
-    name = options.model or "timm:vit_tiny_patch16_224"
-    if (Path(name) / "plan.json").exists():
-        facts = read_json(Path(name) / "plan.json")
-        if "name" not in facts.get("base", {}):
-            raise UserError(f"--model {name}: made from a live network, which cannot be built by name; use Python")
-        return ModelSpec.from_json(facts["base"]), load_student(name), Plan.from_json(facts)
-    spec = options.spec(data, name, "bert")
-    if not (options.pretrained or options.weights or cfg.teacher_epochs):
-        raise UserError(
-            f"--model {name} has no trained weights, which PELA starts from; give --pretrained, --weights FILE, a "
-            "folder RUN/students/NAME, or --teacher-epochs N to train it first"
-        )
-    network = options.network(spec, seed) or spec.build(seed=seed)
-    return spec, filled(network, options.weights) if options.weights else network, None
 
 
 def once(whole: Run, changes: Mapping[str, Any], cfg: Config, run: Run) -> dict[str, Any]:

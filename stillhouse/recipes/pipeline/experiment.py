@@ -26,8 +26,7 @@ from stillhouse.outcomes import load as load_student
 from stillhouse.recipes.pipeline.recipe import Config, distill
 from stillhouse.report import Claim, Curve, Report, Student, Table
 from stillhouse.report.units import milliseconds, percent, scaled
-from stillhouse.students.edits import Pack
-from stillhouse.students.plan import Plan
+from stillhouse.students.plan import Plan, unpacked
 from stillhouse.system import fold
 from stillhouse.teacher_options import TeacherOptions, filled
 from stillhouse.trials import Results, claim, difference, mean, table, trials
@@ -108,15 +107,6 @@ def given(options: OPTIONS, data: Data, cfg: Config, seed: int) -> tuple[ModelSp
         )
     network = options.network(spec, seed) or spec.build(seed=seed)
     return spec, filled(network, options.weights) if options.weights else network, None
-
-
-def unpacked(network: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
-    """A student whose weights were packed as one with plain weights of the same values, to go on from."""
-    for edit in (e for e in plan.edits if isinstance(e, Pack)):
-        layer = network.get_submodule(edit.module)
-        for part in ("points", "scale", "zero"):
-            del layer._buffers[f"weight_{part}"]
-    return network, replace(plan, edits=tuple(e for e in plan.edits if not isinstance(e, Pack)))
 
 
 def describe(run: Run, family: Family, data: Data, cfg: Config, command: str) -> Report:

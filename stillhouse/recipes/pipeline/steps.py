@@ -145,8 +145,10 @@ def quantize(line: Line, name: str, step: Step) -> str:
     said = line.learn(name, epochs, cfg.quantize_lr) if epochs else "not trained"
     stored = 0
     for path in paths:
-        w = weight(line.model.get_submodule(path))
-        stored += stored_bits(w.shape, Symmetric(bits, bucket).code(w)) // 8
+        layer = line.model.get_submodule(path)
+        w, chain = weight(layer), layer.parametrizations["weight"]  # type: ignore[index]
+        pattern = next((p.pattern for p in chain if isinstance(p, NM)), None)
+        stored += stored_bits(w.shape, Symmetric(bits, bucket).code(w), pattern) // 8
     return f"{len(paths)} weights in {stored:,} bytes; {said}"
 
 

@@ -59,7 +59,7 @@ def account(model: nn.Module, plan: Plan, file: Path | None = None) -> dict[str,
     counts, layers, quantised, groups, claimed = torch.zeros(256, dtype=torch.long), [], 0, 0, 0
     parts: set[str] = set()
     for edit in packs:
-        name, code = f"{edit.prefix}weight", edit.code(own)
+        name, code = edit.name, edit.code(own)
         shape = own[name].shape
         counts += unpack(stored[name], edit.bits, shape.numel()).bincount(minlength=256)
         size = stored_bits(shape, code) // 8

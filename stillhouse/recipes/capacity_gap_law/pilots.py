@@ -1,0 +1,57 @@
+"""Pilots, and the law that they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stillhouse.errors import UserError
+from stillhouse.recommend.law import LEAST_SIZES, LEAST_TEACHERS, Best, Law, best_teacher, fit_law, short
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """One student of one teacher.
+
+    Attributes:
+        name: of the student. teacher: its name. asked: the student's size as it was asked for.
+        student_size, teacher_size: parameters. start, loss: nats per token of the test text, before and after training.
+        seed: of the pilot, where there are several.
+    """
+
+    name: str
+    teacher: str
+    asked: float
+    student_size: float
+    teacher_size: float
+    start: float
+    loss: float
+    seed: int = 0
+
+
+def minima(pilots: Sequence[Pilot]) -> dict[tuple[float, int], Best]:
+    """The best teacher of each size of student and seed, where it has pilots with four teachers or more."""
+    groups: dict[tuple[float, int], dict[float, float]] = {}
+    for p in pilots:
+        groups.setdefault((p.asked, p.seed), {})[p.teacher_size] = p.loss
+    return {key: best_teacher(found) for key, found in groups.items() if len(found) >= LEAST_TEACHERS}
+
+
+def law_of(pilots: Sequence[Pilot], counts: str, seed: int = 0) -> tuple[Law | None, str]:
+    """T* = aS + b over the sizes whose minimum is bracketed, or why there is none."""
+    found = minima(pilots)
+    open_ended = sorted({s for (s, _), best in found.items() if not best.bracketed})
+    points = [(s, best.teacher) for (s, _), best in found.items() if best.bracketed]
+    said = [f"students of {short(s)}: not bracketed, the best teacher is at the end of the grid" for s in open_ended]
+    if len({s for s, _ in points}) < LEAST_SIZES:
+        tried, whole = len({p.asked for p in pilots}), len({s for s, _ in points})
+        said.append(
+            f"a law needs {LEAST_SIZES} sizes of students, each with a bracketed best of {LEAST_TEACHERS} or more; "
+            f"of {tried} tried {whole} have"
+        )
+        return None, "; ".join(said)
+    sizes = [p.teacher_size for p in pilots]
+    try:
+        return fit_law(points, teachers=(min(sizes), max(sizes)), counts=counts, seed=seed), "; ".join(said)
+    except UserError as error:
+        return None, str(error)

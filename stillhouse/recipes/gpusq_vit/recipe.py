@@ -1,0 +1,87 @@
+"""GPUSQ-ViT over live objects: a trained vision transformer, images, a number of bits.
+
+family = distill(run, data, network, Config(bits=4))
+family["sparse"].model     # plain layers, 2 of 4 (or 2 of 4 pairs of) weights zero; on disk float16 without the zeros
+family["int4"].model       # the same zeros; weights and activations of four bits
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from stillhouse.data import Data
+from stillhouse.engine import Run
+from stillhouse.family import Family
+from stillhouse.models import ModelSpec
+from stillhouse.outcomes import Member
+from stillhouse.plain import check_classes, train_teacher
+from stillhouse.recipes.gpusq_vit.config import Config
+from stillhouse.recipes.gpusq_vit.layers import choose
+from stillhouse.recipes.gpusq_vit.stages import quantize, sparsify
+from stillhouse.recipes.gpusq_vit.system import factors
+from stillhouse.students.plan import Plan
+from stillhouse.taps import tap
+
+__all__ = ["Config", "distill"]
+
+
+def distill(
+    run: Run,
+    data: Data,
+    base: nn.Module | ModelSpec,
+    cfg: Config | None = None,
+    *,
+    network: nn.Module | None = None,
+    plan: Plan | None = None,
+) -> Family:
+    """Make `base` N:M sparse against itself, then quantise it against the sparse network.
+
+    Args:
+        run: folder, seed, device.
+        data: training and test images.
+        base: a trained module, or a `ModelSpec` (then students can be loaded from their folders alone). Nothing but
+            ``teacher_epochs`` changes its weights.
+        cfg: settings.
+        network: the trained network where `base` is only a `ModelSpec`; plan: how it differs from the spec's.
+
+    Returns:
+        A family of two, ``sparse`` and ``intB`` with B bits; its base is the dense network. ``budgets`` has a row per
+        compared layer: its feature error in the sparse stage, and its weight in the quantised one.
+
+    Raises:
+        UserError: settings, layers or classes that do not fit; said before the first step.
+    """
+    cfg, began = cfg or Config(), time.monotonic()
+    spec = base if isinstance(base, ModelSpec) else None
+    if network is None:
+        network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
+    check_classes(network, [], data.train.take(np.arange(min(4, len(data.train)))), data)
+    layers = choose(network, data.train.take(np.arange(2))["input"], cfg)
+    with tap(network, layers.compare):
+        pass  # an unknown path is said here
+    if cfg.teacher_epochs:
+        how = replace(cfg.moves(cfg.teacher_lr), teacher_epochs=cfg.teacher_epochs)
+        train_teacher(run, "teacher", network.requires_grad_(True), data, how)
+    network.cpu().eval()
+    sparse = sparsify(run, data, network, layers, cfg)
+    small = quantize(run, data, network, sparse, layers, cfg)
+    for model in (network, sparse.model, small.model):
+        model.cpu().eval()
+    made = plan or Plan.identity(network)
+    members = [
+        Member("sparse", sparse.model, made.then(*sparse.edits), importance=0.0, spec=spec),
+        Member(f"int{cfg.bits}", small.model, made.then(*small.edits), spec=spec),
+    ]
+    weights = factors(sparse.errors, cfg.weighting)
+    left = ", ".join(layers.left_dense)
+    notes = [f"left dense, {cfg.sparsity} does not divide them: {left}"] if left else []
+    return Family(
+        members, tuple(data.shape), tuple(data.classes), network, spec,
+        {"seconds": time.monotonic() - began, "baked_difference": max(sparse.gap, small.gap)},
+        [{"module": p, "error": e, "weight": w} for p, e, w in zip(layers.compare, sparse.errors, weights)],
+        notes=notes, logs=[{**r, "stage": s} for s in ("sparse", "quantized") for r in run.log(s)], base_name="dense",
+    )  # fmt: skip
