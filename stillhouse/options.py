@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stillhouse.data import Data
     from stillhouse.engine import Run
     from stillhouse.models import ModelSpec
-    from stillhouse.text.language import Corpus
+    from stillhouse.text.windows import Corpus
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class LanguageOptions(Options):
 
     def corpus(self, default: str = "python-reference") -> Corpus:
         """The text named by ``--data``, or `default`, as windows of token ids."""
-        from stillhouse.text.language import corpus
         from stillhouse.text.sentences import tokenizer_by_name
+        from stillhouse.text.windows import corpus
 
         model = self.model or ""
         student = model if model and (Path(model) / "tokenizer.json").exists() else ""  # of another run

@@ -120,17 +120,11 @@ class TrainedOptions(ClassifierOptions):
         Raises:
             UserError: it has no trained weights, or was made from a live network.
         """
-        from stillhouse.files import read_json
-        from stillhouse.models import ModelSpec
-        from stillhouse.outcomes import load
-        from stillhouse.students.plan import Plan
+        from stillhouse.outcomes import continued
 
         name = self.model or default
-        if (Path(name) / "plan.json").exists():
-            facts = read_json(Path(name) / "plan.json")
-            if "name" not in facts.get("base", {}):
-                raise UserError(f"--model {name}: made from a live network, which cannot be built by name; use Python")
-            return ModelSpec.from_json(facts["base"]), load(name), Plan.from_json(facts)
+        if student := continued(name):
+            return student
         spec = self.spec(data, name, "bert")
         if not (self.pretrained or self.weights or fresh):
             raise UserError(

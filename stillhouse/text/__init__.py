@@ -3,17 +3,7 @@
 from stillhouse.text.arithmetic import evaluate, same_value
 from stillhouse.text.classifiers import Bag, bag_spec, bert_spec, hub_classifier, text_spec
 from stillhouse.text.encoding import Codec, small_tokenizer
-from stillhouse.text.language import (
-    Corpus,
-    Training,
-    Windows,
-    corpus,
-    language_model,
-    language_models,
-    llama_spec,
-    nats,
-    train_language_model,
-)
+from stillhouse.text.language import Training, language_model, language_models, llama_spec, nats, train_language_model
 from stillhouse.text.parsers import KINDS, Kind
 from stillhouse.text.sentences import Sentences, open_rows, sentence_data
 from stillhouse.text.seq2seq import (
@@ -29,6 +19,7 @@ from stillhouse.text.seq2seq import (
 )
 from stillhouse.text.tasks import PAIR, Example, Task, open_task, parse_report, shuffled
 from stillhouse.text.views import View, Views, encode, model_inputs
+from stillhouse.text.windows import Corpus, Windows, corpus
 
 __all__ = [
     "KINDS",

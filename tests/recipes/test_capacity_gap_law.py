@@ -47,7 +47,7 @@ from stillhouse.students.edits import Depth
 from stillhouse.students.plan import Keep, Plan, signature
 from stillhouse.system import Clock
 from stillhouse.teachers import state_fingerprint
-from stillhouse.text.language import corpus
+from stillhouse.text.windows import corpus
 
 SHAPED = {"sizes": (), "shape": (12, 1, 16), "drop": (1, 0), "units": "random"}
 ROWS = [
@@ -480,6 +480,9 @@ def test_the_law_of_pilots():
     assert law.students == (100, 400) and law.teachers == (120, 2500) and len(law.points) == 3
     law, _ = law_of(pilots(seeds=(0, 1)), "blocks")
     assert len(law.points) == 6 and law.counts == "blocks"
+    mixed = [replace(p, loss=p.teacher_size) if p.seed and p.asked == 100 else p for p in pilots(seeds=(0, 1))]
+    law, why = law_of(mixed, "all")
+    assert len(law.points) == 5 and "students of 100: not bracketed on 1 of 2 seeds" in why
     law, why = law_of(pilots(sizes=(100.0, 200.0)), "all")
     assert law is None and "of 2 tried 2 have" in why
     law, why = law_of(pilots(sizes=(100.0, 200.0, 1400.0)), "all")
@@ -645,7 +648,11 @@ def test_the_built_in_experiment_reports_arms_curve_and_law(tmp_path, capsys):
     assert len(law["pilots"]) == 10 and law["law"] is None and "a law needs 3 sizes" in law["why"]
     assert {p["seed"] for p in law["pilots"]} == {0, 1} and len({p["teacher_size"] for p in law["pilots"]}) == 5
     best, arms = report["tables"]
-    assert len(best["rows"]) == 2 and {r[-1] for r in best["rows"]} <= {"yes", "no"} and len(arms["rows"]) == 5
+    assert (
+        [r[1] for r in best["rows"]] == ["0", "1", "mean"]
+        and {r[-1] for r in best["rows"]} <= {"yes", "no"}
+        and len(arms["rows"]) == 5
+    )
     curve = next(iter(report["curves"][0]["series"].values()))
     assert curve[0] == sorted(curve[0]) and len(curve[1]) == 5
     first = json.loads((tmp_path / "x/arms/pruned-0/result.json").read_text())

@@ -36,7 +36,8 @@ from stillhouse.students.parametrized import bake
 from stillhouse.students.patterns import Pattern
 from stillhouse.system import Clock
 from stillhouse.teachers import Frozen
-from stillhouse.text.language import Windows, corpus, llama_spec, nats
+from stillhouse.text.language import llama_spec, nats
+from stillhouse.text.windows import Windows, corpus
 from stillhouse.weights import constant, cosine
 
 ROWS = [

@@ -31,8 +31,9 @@ from stillhouse.students.moments import cut_runs, lens_drift, second_moments
 from stillhouse.students.parametrized import bake
 from stillhouse.students.plan import Plan
 from stillhouse.students.projections import projections
-from stillhouse.text.language import Windows, corpus, llama_spec
+from stillhouse.text.language import llama_spec
 from stillhouse.text.language import nats as nats_of
+from stillhouse.text.windows import Windows, corpus
 
 FIT = {"way": "fit", "variant": "qkvo", "ratio": 0.3}
 ROWS = [

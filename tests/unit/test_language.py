@@ -17,16 +17,14 @@ from stillhouse.options import LanguageOptions
 from stillhouse.system import Clock
 from stillhouse.text.language import (
     Training,
-    Windows,
     adamw,
     check_language_model,
-    corpus,
     language_model,
     llama_spec,
     nats,
-    open_text,
     train_language_model,
 )
+from stillhouse.text.windows import Windows, corpus, open_text
 
 TEXT = "the cat sat on the mat; the dog sat on the log.\n" * 12
 

@@ -22,15 +22,16 @@ from stillhouse.models import ModelSpec
 from stillhouse.options import LanguageOptions
 from stillhouse.outcomes import Member
 from stillhouse.outcomes import load as load_student
-from stillhouse.recipes.capacity_gap_law.pilots import Pilot, law_of, minima
+from stillhouse.recipes.capacity_gap_law.pilots import Pilot, law_of, minima, minima_of_means
 from stillhouse.recipes.capacity_gap_law.recipe import Config, Pilots, distill, judged, prune, train_teachers
-from stillhouse.recommend.law import CAVEAT, short
+from stillhouse.recommend.law import CAVEAT, Best, short
 from stillhouse.recommend.sizes import parse_size
 from stillhouse.report import Claim, Curve, Report, Student, Table
 from stillhouse.students.decoders import counted
 from stillhouse.students.plan import Plan
 from stillhouse.system import fold
-from stillhouse.text.language import Corpus, corpus, language_model, llama_spec, measured
+from stillhouse.text.language import language_model, llama_spec, measured
+from stillhouse.text.windows import Corpus, corpus
 from stillhouse.trials import Results, claim, difference, trials
 
 
@@ -171,10 +172,11 @@ def describe(run: Run, found: Pilots, given: Sequence[Member], text: Corpus, com
     metrics = {m.name: measured(m.model, text, run.device) for m in found}
     largest_first = sorted(given, key=lambda t: -count_params(t.model))
     students = [*(base_row(t, found, text, run) for t in largest_first), *found.rows(run.folder, metrics)]
-    best = minima(found.pilots)
+    best: list[tuple[float, str, Best]] = [(size, str(k), b) for (size, k), b in sorted(minima(found.pilots).items())]
+    best += [(size, "mean", b) for size, b in minima_of_means(found.pilots).items()]
     rows: list[list[Any]] = [
-        [short(s), seed, short(b.teacher), f"{b.teacher / s:.2f}", f"{b.loss:.4f}", "yes" if b.bracketed else "no"]
-        for (s, seed), b in sorted(best.items())
+        [short(s), k, short(b.teacher), f"{b.teacher / s:.2f}", f"{b.loss:.4f}", "yes" if b.bracketed else "no"]
+        for s, k, b in best
     ]
     heads = ["student", "seed", "best teacher", "T/S", "nats there", "bracketed"]
     tables = [Table("Best teacher by a parabola in log T", heads, rows)] if rows else []

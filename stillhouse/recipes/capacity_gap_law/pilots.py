@@ -37,12 +37,28 @@ def minima(pilots: Sequence[Pilot]) -> dict[tuple[float, int], Best]:
     return {key: best_teacher(found) for key, found in groups.items() if len(found) >= LEAST_TEACHERS}
 
 
+def minima_of_means(pilots: Sequence[Pilot]) -> dict[float, Best]:
+    """The best teacher of each size by the mean loss over seeds, where there are several."""
+    seeds = {p.seed for p in pilots}
+    losses: dict[tuple[str, float, float], list[float]] = {}
+    for p in pilots:
+        losses.setdefault((p.teacher, p.asked, p.teacher_size), []).append(p.loss)
+    means = [
+        Pilot("", t, s, s, size, 0.0, sum(v) / len(v)) for (t, s, size), v in losses.items() if len(v) == len(seeds)
+    ]
+    return {s: best for (s, _), best in minima(means).items()} if len(seeds) > 1 else {}
+
+
 def law_of(pilots: Sequence[Pilot], counts: str, seed: int = 0) -> tuple[Law | None, str]:
     """T* = aS + b over the sizes whose minimum is bracketed, or why there is none."""
     found = minima(pilots)
-    open_ended = sorted({s for (s, _), best in found.items() if not best.bracketed})
     points = [(s, best.teacher) for (s, _), best in found.items() if best.bracketed]
-    said = [f"students of {short(s)}: not bracketed, the best teacher is at the end of the grid" for s in open_ended]
+    said = []
+    for size in sorted({s for s, _ in found}):
+        seeds = [best.bracketed for (s, _), best in found.items() if s == size]
+        if not all(seeds):
+            of = f" on {seeds.count(False)} of {len(seeds)} seeds" if len(seeds) > 1 else ""
+            said.append(f"students of {short(size)}: not bracketed{of}, the best teacher is at the end of the grid")
     if len({s for s, _ in points}) < LEAST_SIZES:
         tried, whole = len({p.asked for p in pilots}), len({s for s, _ in points})
         said.append(

@@ -20,7 +20,7 @@ from stillhouse.students.edits import Depth
 from stillhouse.students.hub import names_of
 from stillhouse.students.plan import Plan
 from stillhouse.system import fold, map_tensors
-from stillhouse.text.language import Corpus
+from stillhouse.text.windows import Corpus
 
 
 def prune(run: Run, text: Corpus, teacher: Member, cfg: Config, size: float = 0.0) -> Member:

@@ -29,7 +29,8 @@ from stillhouse.recommend.sizes import parse_size
 from stillhouse.students.decoders import counted
 from stillhouse.students.hub import names_of
 from stillhouse.teachers import state_fingerprint
-from stillhouse.text.language import Corpus, adamw, check_language_model, nats, train_language_model
+from stillhouse.text.language import adamw, check_language_model, nats, train_language_model
+from stillhouse.text.windows import Corpus
 from stillhouse.weights import cosine
 
 __all__ = ["Config", "Pilots", "distill", "judged", "prune", "taught", "train_teachers"]

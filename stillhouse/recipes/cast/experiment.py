@@ -24,7 +24,8 @@ from stillhouse.recipes.cast.recipe import distill
 from stillhouse.report import Claim, Curve, Report, Table
 from stillhouse.score import Interval
 from stillhouse.students.plan import Plan
-from stillhouse.text.language import Corpus, corpus, llama_spec, train_language_model
+from stillhouse.text.language import llama_spec, train_language_model
+from stillhouse.text.windows import Corpus, corpus
 from stillhouse.trials import Results, claim, difference, table, trials
 
 

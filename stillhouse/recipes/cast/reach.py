@@ -16,7 +16,7 @@ from stillhouse.evaluate import call, logits_of
 from stillhouse.objectives import cross_entropy
 from stillhouse.recipes.cast.config import Config
 from stillhouse.system import Clock, Schedule, map_tensors
-from stillhouse.text.language import Corpus
+from stillhouse.text.windows import Corpus
 from stillhouse.weights import cosine
 
 AIM = 4.0  # the reach, in mean weights of a layer, that a learning rate of 0 stands for

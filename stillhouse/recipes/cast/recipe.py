@@ -34,7 +34,8 @@ from stillhouse.recipes.cast.reach import derived
 from stillhouse.students.edits import Pack
 from stillhouse.students.plan import Plan
 from stillhouse.system import Batch, Clock, Terms
-from stillhouse.text.language import Corpus, check_language_model, language_models, nats, train_language_model
+from stillhouse.text.language import check_language_model, language_models, nats, train_language_model
+from stillhouse.text.windows import Corpus
 
 __all__ = ["AdamS", "Config", "Sparse", "distill"]
 

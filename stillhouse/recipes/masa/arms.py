@@ -24,7 +24,8 @@ from stillhouse.students.edits import Factor
 from stillhouse.students.moments import second_moments
 from stillhouse.students.projections import projections
 from stillhouse.students.sharing import share_by_stage
-from stillhouse.text.language import Corpus, llama_spec, measured, nats
+from stillhouse.text.language import llama_spec, measured, nats
+from stillhouse.text.windows import Corpus
 from stillhouse.trials import Results, claim, difference, table, trials
 
 SIZE = {"width": 64, "layers": 6, "heads": 4}

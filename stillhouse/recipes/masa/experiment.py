@@ -28,7 +28,8 @@ from stillhouse.recipes.masa.recipe import Shared, distill
 from stillhouse.report import Claim, Curve, Report, Student, Table
 from stillhouse.students.parametrized import bake
 from stillhouse.students.plan import Plan
-from stillhouse.text.language import EMBEDDED, NAMED, Corpus, corpus, llama_spec, measured
+from stillhouse.text.language import llama_spec, measured
+from stillhouse.text.windows import EMBEDDED, NAMED, Corpus, corpus
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from stillhouse.students.plan import Plan
 from stillhouse.students.projections import projections
 from stillhouse.students.sharing import spread
 from stillhouse.system import fold, map_tensors
-from stillhouse.text.language import Corpus, check_language_model
+from stillhouse.text.language import check_language_model
+from stillhouse.text.windows import Corpus
 from stillhouse.weights import cosine
 
 __all__ = ["Config", "Shared", "distill"]

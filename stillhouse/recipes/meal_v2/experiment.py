@@ -22,13 +22,11 @@ from stillhouse.engine import Run
 from stillhouse.errors import UserError
 from stillhouse.evaluate import classification, environment, predict
 from stillhouse.family import Family
-from stillhouse.files import read_json
 from stillhouse.models import ModelSpec
-from stillhouse.outcomes import load as load_student
+from stillhouse.outcomes import continued
 from stillhouse.recipes.meal_v2.config import Config
 from stillhouse.recipes.meal_v2.recipe import distill, train_on_labels
 from stillhouse.report import Claim, Curve, Report, Table
-from stillhouse.students.plan import Plan
 from stillhouse.system import fold
 from stillhouse.teacher_options import TeacherOptions, filled
 from stillhouse.trials import mean, table, trials
@@ -130,12 +128,9 @@ def brought(run: Run, options: OPTIONS, data: Data, cfg: Config) -> tuple[Family
         raise UserError("--teacher is missing: give trained networks (RUN/students/NAME, timm:NAME, …), one flag each")
     teachers, look = options.teachers(data, fresh=bool(cfg.teacher_epochs))
     name = options.model or "stillhouse:cnn"
-    if (Path(name) / "plan.json").exists():
-        facts = read_json(Path(name) / "plan.json")
-        if "name" not in facts.get("base", {}):
-            raise UserError(f"--model {name}: made from a live network, which cannot be built by name; use Python")
-        spec, plan = ModelSpec.from_json(facts["base"]), Plan.from_json(facts)
-        return distill(run, data, spec, teachers, cfg, network=load_student(name), plan=plan, **look), teachers
+    if student := continued(name):
+        spec, network, plan = student
+        return distill(run, data, spec, teachers, cfg, network=network, plan=plan, **look), teachers
     spec = options.spec(data, name)
     if not (options.pretrained or options.student_weights or cfg.student_epochs):
         raise UserError(

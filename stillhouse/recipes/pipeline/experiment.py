@@ -20,9 +20,8 @@ from stillhouse.engine import Run
 from stillhouse.errors import UserError
 from stillhouse.evaluate import environment
 from stillhouse.family import Family
-from stillhouse.files import read_json
 from stillhouse.models import ModelSpec
-from stillhouse.outcomes import load as load_student
+from stillhouse.outcomes import continued
 from stillhouse.recipes.pipeline.recipe import Config, distill
 from stillhouse.report import Claim, Curve, Report, Student, Table
 from stillhouse.report.units import milliseconds, percent, scaled
@@ -92,11 +91,9 @@ def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None
 def given(options: OPTIONS, data: Data, cfg: Config, seed: int) -> tuple[ModelSpec, nn.Module, Plan | None]:
     """The user's network: a student of another run with its plan, or one by name, with weights or to be trained."""
     name = options.model or "stillhouse:cnn"
-    if (Path(name) / "plan.json").exists():
-        facts = read_json(Path(name) / "plan.json")
-        if "name" not in (facts.get("base") or {}):
-            raise UserError(f"--model {name}: made from a live network, which cannot be built by name; use Python")
-        return ModelSpec.from_json(facts["base"]), *unpacked(load_student(name), Plan.from_json(facts))
+    if student := continued(name):
+        spec, network, plan = student
+        return spec, *unpacked(network, plan)
     spec = options.spec(data, name)
     source = spec.name.partition(":")[0]
     trained = options.pretrained or options.weights or cfg.parsed[0].name == "train" or "." in source

@@ -24,14 +24,13 @@ from stillhouse.evaluate import classification, environment, predict
 from stillhouse.family import Family
 from stillhouse.files import read_json
 from stillhouse.models import ModelSpec
-from stillhouse.outcomes import load as load_student
+from stillhouse.outcomes import continued
 from stillhouse.recipes.sws_learngene.config import Config
 from stillhouse.recipes.sws_learngene.gene import Gene
 from stillhouse.recipes.sws_learngene.recipe import auxiliary, descend, distill, tune
 from stillhouse.report import Claim, Curve, Report
 from stillhouse.students.blocks import alike_blocks
 from stillhouse.students.edits import Depth
-from stillhouse.students.plan import Plan
 from stillhouse.students.sharing import spread
 from stillhouse.system import fold
 from stillhouse.teacher_options import TeacherOptions
@@ -90,12 +89,12 @@ def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None
 
 def gene_of(folder: str, cfg: Config) -> Gene:
     """The learned blocks of another run, from their folder."""
-    facts = read_json(Path(folder) / "plan.json")
-    if "name" not in facts.get("base", {}):
-        raise UserError(f"--model {folder}: made from a live network, which cannot be built by name; use Python")
-    network = load_student(folder)
+    student = continued(folder)
+    if student is None:
+        raise UserError(f"{folder} holds no student: there is no plan.json")
+    spec, network, plan = student
     path, _ = alike_blocks(network, cfg.blocks)
-    return Gene(network, path, Plan.from_json(facts), ModelSpec.from_json(facts["base"]), tuple(facts["classes"]))
+    return Gene(network, path, plan, spec, tuple(read_json(Path(folder) / "plan.json")["classes"]))
 
 
 def once(whole: Run, arm: str, cfg: Config, run: Run) -> dict[str, Any]:
