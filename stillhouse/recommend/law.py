@@ -102,8 +102,8 @@ class Law:
         """Parameters of the student whose best teacher this is.
 
         Example:
-            >>> PUBLISHED.student(PUBLISHED.teacher(5e8))
-            500000000.0
+            >>> round(PUBLISHED.student(PUBLISHED.teacher(5e8)))
+            500000000
         """
         found = (teacher - self.b) / self.a
         small = not 0 < found < teacher or (self.rule and teacher < self.teachers[0])

@@ -26,7 +26,7 @@ from stillhouse.outcomes import Member
 from stillhouse.recipes.capacity_gap_law.experiment import TINY
 from stillhouse.recipes.capacity_gap_law.pilots import Pilot, law_of
 from stillhouse.recipes.capacity_gap_law.recipe import Config, distill, prune
-from stillhouse.recipes.capacity_gap_law.system import TokenDistill
+from stillhouse.recipes.capacity_gap_law.system import ChunkedDistill
 from stillhouse.recommend import PUBLISHED, Law, best_teacher, fit_law, size_of
 from stillhouse.recommend.sizes import parse_size
 from stillhouse.run import Run
@@ -355,7 +355,7 @@ def corpus_of(tmp_path, length=T):
 
 def token_distill(student, teacher, **how):
     how = {"alpha": 0.5, "T": 1.0, "chunk": 0, "optimizer": torch.optim.SGD, **how}
-    return TokenDistill(student, teacher, **how)
+    return ChunkedDistill(student, teacher, **how)
 
 
 @pytest.mark.parametrize(("alpha", "T"), [(0.5, 1.0), (0.3, 2.0), (0.0, 1.0), (1.0, 1.0)])

@@ -17,18 +17,14 @@ from typing import Any, ClassVar
 from stillhouse.engine import Run
 from stillhouse.errors import UserError
 from stillhouse.evaluate import count_bytes, count_macs, count_params, environment, latency, spread
-from stillhouse.files import read_json
-from stillhouse.models import ModelSpec
 from stillhouse.options import LanguageOptions
-from stillhouse.outcomes import Member
-from stillhouse.outcomes import load as load_student
+from stillhouse.outcomes import Member, continued
 from stillhouse.recipes.capacity_gap_law.pilots import Pilot, law_of, minima, minima_of_means
 from stillhouse.recipes.capacity_gap_law.recipe import Config, Pilots, distill, judged, prune, train_teachers
 from stillhouse.recommend.law import CAVEAT, Best, short
 from stillhouse.recommend.sizes import parse_size
 from stillhouse.report import Claim, Curve, Report, Student, Table
 from stillhouse.students.decoders import counted
-from stillhouse.students.plan import Plan
 from stillhouse.system import fold
 from stillhouse.text.language import language_model, llama_spec, measured
 from stillhouse.text.windows import Corpus, corpus
@@ -50,21 +46,17 @@ class OPTIONS(LanguageOptions):
         return [replace(t, name=t.name + (f"-{n + 1}" if n else "")) for t, n in zip(made, counts, strict=True)]
 
     def _teacher(self, name: str, text: Corpus, seed: int) -> Member:
-        path, (source, _, rest) = Path(name), name.partition(":")
-        if (path / "plan.json").exists():
-            facts = read_json(path / "plan.json")
-            if "name" not in facts.get("base", {}):
-                raise UserError(
-                    f"--teacher {name}: made from a live network, which cannot be built by name; use Python"
-                )
-            return Member(path.name, load_student(path), Plan.from_json(facts), spec=ModelSpec.from_json(facts["base"]))
+        source, _, rest = name.partition(":")
+        if student := continued(name):
+            spec, network, plan = student
+            return Member(Path(name).name, network, plan, spec=spec)
         sizes = {"width": self.width, "layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads}
         if source == "llama" and rest:
             if not rest.isdigit():
                 raise UserError(f"--teacher {name}: expected llama:WIDTH, such as llama:96")
             name, sizes["width"] = "llama", int(rest)
-        spec, network = language_model(name, text, **sizes)
-        model = network or spec.build(seed=fold(seed, "teacher", name, sizes["width"]))
+        spec, made = language_model(name, text, **sizes)
+        model = made or spec.build(seed=fold(seed, "teacher", name, sizes["width"]))
         return Member(f"t{short(count_params(model))}".lower(), model, spec=spec)
 
 

@@ -23,7 +23,7 @@ from stillhouse.outcomes import Member, Models
 from stillhouse.recipes.capacity_gap_law.config import Config
 from stillhouse.recipes.capacity_gap_law.pilots import Pilot, law_of
 from stillhouse.recipes.capacity_gap_law.pruning import prune
-from stillhouse.recipes.capacity_gap_law.system import TokenDistill
+from stillhouse.recipes.capacity_gap_law.system import ChunkedDistill
 from stillhouse.recommend.law import PUBLISHED, Law, short
 from stillhouse.recommend.sizes import parse_size
 from stillhouse.students.decoders import counted
@@ -140,7 +140,7 @@ def taught(run: Run, student: Member, teacher: nn.Module, text: Corpus, cfg: Con
     """Distils in place; a stage of the run."""
     how = cfg.training(cfg.lr, cfg.steps)
     sgd = partial(torch.optim.SGD, lr=cfg.lr, momentum=0.9)
-    system = TokenDistill(
+    system = ChunkedDistill(
         student.model, teacher, alpha=cfg.alpha, T=cfg.temperature, chunk=cfg.chunk,
         optimizer=sgd if cfg.optimizer == "sgd" else partial(adamw, lr=cfg.lr, weight_decay=cfg.weight_decay),
         lr=cosine(round(how.lr_warmup * how.steps)), clip=cfg.clip or None,

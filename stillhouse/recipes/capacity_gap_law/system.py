@@ -13,7 +13,7 @@ from stillhouse.students.hub import names_of
 from stillhouse.system import Batch, Clock, Schedule, System, Terms, Update
 
 
-class TokenDistill(System):
+class ChunkedDistill(System):
     """(1−α)·mean CE(z, y) + α·mean softCE, softCE = −T² Σ_v p_T(v) log p_S(v), means over all positions.
 
     softCE is the KL divergence plus the teacher's entropy, with the same gradient. Student and teacher give their last

@@ -52,7 +52,7 @@ TEACHER = {**VIT, "embed_dim": 64, "depth": 4, "num_heads": 4}
 ENCODER = ModelSpec("timm:vit_base_patch16_224", 10, (1, 8, 8), options=TEACHER)
 SMALL = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 # Fresh networks at the best of 3 rates with and without decay by layer, on seed 100.
-FRESH = {"generic": "none", "specific_lr": 2.4e-2, "layer_decay": 0.75}
+FRESH = {"generic": "none", "specific_lr": 0.064, "layer_decay": 0.75}
 ARMS: dict[str, dict[str, Any]] = {
     "GD + SD": {},
     "pixels + SD": {"generic": "pixels"},
