@@ -13,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.checkpoint import Checkpoints, load_optimizer, optimizer_state
-from stillhouse.data.sources import Lazy
+from stillhouse.data.sources import count_of, lazily, one_piece
 from stillhouse.errors import Interrupted, NotFinite
 from stillhouse.progress import Progress
-from stillhouse.run import DTYPES, Run
-from stillhouse.system import Batch, Clock, Gradients, Source, System, Terms, Update, fold, map_tensors, walk
+from stillhouse.run import DTYPES, Run, stop_requests
+from stillhouse.system import Batch, Clock, Gradients, Source, System, Terms, Update, fold
 
 S = TypeVar("S", bound=System)
 
@@ -134,7 +132,10 @@ class _Fit:
             for child in self.system.children():
                 child.compile()
         saved_at = time.monotonic()
-        with _graceful() as stop, Progress(self.name, self.steps, start, not self.run.main or self.run.quiet) as bar:
+        with (
+            stop_requests() as stop,
+            Progress(self.name, self.steps, start, not self.run.main or self.run.quiet) as bar,
+        ):
             for step in range(start, self.steps):
                 clock = dataclasses.replace(self.clock, step=step)
                 stopping = self.step(clock, stop.is_set())
@@ -256,17 +257,17 @@ class _Fit:
     def split(self, batch: Batch, update: Update) -> tuple[Sequence[Batch], list[int]]:
         limit = self.run.micro_batch
         if limit is None or update.whole:
-            return [batch], [_count(batch)]
-        pieces = -(-_count(batch) // limit)
+            return [batch], [count_of(batch)]
+        pieces = -(-count_of(batch) // limit)
         if pieces <= 1:
-            return [batch], [_count(batch)]
-        parts = [_lazily(batch, partial(_piece, pieces, i)) for i in range(pieces)]
-        return parts, [_count(p) for p in parts]
+            return [batch], [count_of(batch)]
+        parts = [lazily(batch, partial(one_piece, pieces, i)) for i in range(pieces)]
+        return parts, [count_of(p) for p in parts]
 
     def to_device(self, batch: Batch) -> Batch:
         if self.run.device.type == "cpu" and not self.channels_last:
             return batch
-        return _lazily(batch, self.move)
+        return lazily(batch, self.move)
 
     def move(self, t: Tensor) -> Tensor:
         t = t.to(self.run.device, non_blocking=True)
@@ -372,23 +373,6 @@ def _seed(device: torch.device, seed: int) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
-def _lazily(batch: Batch, fn: Callable[[Tensor], Tensor]) -> Lazy:
-    """`fn` of every tensor, part by part as they are asked for: a part of a joint batch may never be."""
-    return Lazy({key: lambda key=key: map_tensors(batch[key], fn) for key in batch})  # type: ignore[misc]
-
-
-def _piece(pieces: int, i: int, t: Tensor) -> Tensor:
-    return torch.tensor_split(t, pieces)[i]
-
-
-def _count(batch: Batch) -> int:
-    """Samples in a batch: the length of its first tensor; of the first part of a joint batch."""
-    first = batch[next(iter(batch))]
-    while isinstance(first, Mapping):
-        first = first[next(iter(first))]
-    return len(first) if isinstance(first, Tensor) else len(next(walk(first)))
-
-
 def _identity(run: Run, name: str, system: nn.Module, source: Source, steps: int, settings: Any) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued."""
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
@@ -405,24 +389,3 @@ def _identity(run: Run, name: str, system: nn.Module, source: Source, steps: int
         **{f"settings.{k}": v for k, v in dict(settings or {}).items()},
     }
     return json.loads(json.dumps(facts, default=str))
-
-
-@contextlib.contextmanager
-def _graceful() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads after each step; a second one is final."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

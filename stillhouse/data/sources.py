@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stillhouse.data.samples import Samples, digest
 from stillhouse.errors import UserError
-from stillhouse.system import Batch, Clock, Source, fold, map_tensors
+from stillhouse.system import Batch, Clock, Source, fold, map_tensors, walk
 
 
 @lru_cache(maxsize=16)
@@ -363,3 +363,20 @@ def prefetch(source: Source, workers: int = 1, ahead: int = 2) -> Source:
         name, *_ = source.sources
         return Together(source.sources | {name: prefetch(source.first, workers, ahead)})
     return Prefetched(source, workers, ahead)
+
+
+def lazily(batch: Batch, fn: Callable[[Tensor], Tensor]) -> Lazy:
+    """`fn` of every tensor, part by part as they are asked for: a part of a joint batch may never be."""
+    return Lazy({key: lambda key=key: map_tensors(batch[key], fn) for key in batch})  # type: ignore[misc]
+
+
+def one_piece(pieces: int, i: int, t: Tensor) -> Tensor:
+    return torch.tensor_split(t, pieces)[i]
+
+
+def count_of(batch: Batch) -> int:
+    """Samples in a batch: the length of its first tensor; of the first part of a joint batch."""
+    first = batch[next(iter(batch))]
+    while isinstance(first, Mapping):
+        first = first[next(iter(first))]
+    return len(first) if isinstance(first, Tensor) else len(next(walk(first)))
