@@ -300,7 +300,7 @@ def test_the_folded_model_answers_like_the_gated_one(seed):
     assert image.heads(small) == [int((h > 0).sum()) for h in values[0].heads]
     assert image.neurons(small) == [int((n > 0).sum()) for n in values[0].neurons]
     left = sum(t.prunable(small) for t in towers(small))
-    expected = float((1 - gates.sparsity()) * gates.whole)
+    expected = float((1 - gates.sparsity().detach()) * gates.whole)
     assert abs(left / expected - 1) < 0.25  # rounding of a few gates; the budget claim is of real sizes
 
 

@@ -17,10 +17,9 @@ from torch import nn
 from stillhouse.engine import Run
 from stillhouse.errors import UserError
 from stillhouse.evaluate import count_bytes, count_macs, count_params, environment, latency
-from stillhouse.files import read_json
 from stillhouse.models import ModelSpec, import_library
 from stillhouse.options import Options
-from stillhouse.outcomes import load as load_student
+from stillhouse.outcomes import continued
 from stillhouse.recipes.tinyclip.config import Config
 from stillhouse.recipes.tinyclip.measure import features, quality
 from stillhouse.recipes.tinyclip.recipe import Stages, distill, train
@@ -125,15 +124,11 @@ def given(options: OPTIONS, cfg: Config) -> tuple[ModelSpec, nn.Module | None, P
         look = hub_statistics(name.removeprefix("hf:"))
         data = options.pairs("digits", image_size=size.image_size, length=longest, statistics=look)
         return ModelSpec.of(network, (size.num_channels, size.image_size, size.image_size)), network, None, data
-    if name and (Path(name) / "plan.json").exists():
-        facts = read_json(Path(name) / "plan.json")
-        if "name" not in facts.get("base", {}):
-            raise UserError(f"--model {name}: made from a live model, which cannot be built by name; use Python")
-        spec, network = ModelSpec.from_json(facts["base"]), load_student(name)
+    if student := continued(name):
+        spec, network, plan = student
         towers(network)  # another kind of student is refused here
-        longest = network.get_submodule("text_model.embeddings.position_embedding").num_embeddings
-        data = options.pairs("digits", image_size=spec.shape[-1], length=longest)
-        return spec, network, Plan.from_json(facts), data
+        positions: Any = network.get_submodule("text_model.embeddings.position_embedding")
+        return spec, network, plan, options.pairs("digits", image_size=spec.shape[-1], length=positions.num_embeddings)
     data = options.pairs("digits")
     if not name and not cfg.teacher_epochs:
         raise UserError(
