@@ -13,6 +13,11 @@ LOW, HIGH, TEMPERATURE, EPS = -0.1, 1.1, 2 / 3, 1e-6
 EDGE = math.log(-LOW / HIGH)  # logit of the point at which the stretched sigmoid is 0
 
 
+def settled_value(a: Tensor) -> Tensor:
+    """sigmoid(0.8·a/τ): what a gate that stays multiplies with in the end."""
+    return torch.sigmoid(0.8 * a / TEMPERATURE)
+
+
 class HardConcrete(nn.Module):
     """Gates z in [0, 1], many of them exactly 0 or 1, with a gradient.
 
@@ -54,7 +59,7 @@ class HardConcrete(nn.Module):
         Source: as `Budget`; 0.8 makes the middle of the distribution.
         """
         shut = round(self.log_alpha.numel() - float(self.open_probability().sum()))
-        return torch.sigmoid(0.8 * self.log_alpha / TEMPERATURE) * self.kept(self.log_alpha.numel() - shut)
+        return settled_value(self.log_alpha) * self.kept(self.log_alpha.numel() - shut)
 
     def open_probability(self) -> Tensor:
         """P(z > 0) of every gate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -225,6 +226,30 @@ def test_gates_settle_softly_and_as_many_close_as_expected():
     with torch.no_grad():
         gate.log_alpha.fill_(-20.0)
     assert int((gate.settled() > 0).sum()) == 1  # a block without a head or a neuron is not made
+
+
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.8])
+def test_gates_settle_to_a_budget_by_neurons_alone(part):
+    """Opened are the surest of the shut, shut the least sure of the open; each block keeps one."""
+    model = clip(image_depth=2, text_depth=1)
+    gates = shaken(Gates(model))
+    before, asked = gates.settled(), part * gates.whole
+    after = gates.settled(keep=asked)
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old.hidden, new.hidden) and all(map(torch.equal, old.heads, new.heads))
+        assert all(bool((n > 0).any()) for n in new.neurons)
+    copy_ = copy.deepcopy(model)
+    kept = Plan.identity(copy_).then(*gates.fold_(copy_, after)).build(copy_)
+    left, rest = sum(t.prunable(kept) for t in towers(kept)), 0
+    for g, old, new in zip(gates.each, before, after, strict=True):
+        for gate, was, now in zip(g.neurons, old.neurons, new.neurons, strict=True):
+            opened, shut = (now > 0) & (was == 0), (now == 0) & (was > 0)
+            assert not (opened.any() and shut.any())
+            if opened.any() and (now == 0).any():
+                assert gate.log_alpha[opened].min() >= gate.log_alpha[now == 0].max()
+            rest += int((now == 0).sum()) if left < asked else int((now > 0).sum()) - 1
+    widest = 2 * max(int((z.hidden != 0).sum()) for z in after)
+    assert abs(left - asked) <= widest or rest == 0  # as nearly as neurons allow
 
 
 def test_expected_weights_by_counting():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stillhouse.objectives import upcast
 from stillhouse.students.cutting import Keep
-from stillhouse.students.gates import HardConcrete
+from stillhouse.students.gates import HardConcrete, settled_value
 from stillhouse.students.towers import Tower, towers
 
 
@@ -83,8 +83,32 @@ class Gates(nn.Module):
     def draw(self, generator: torch.Generator | None = None) -> list[Values]:
         return [g.draw(generator) for g in self.each]
 
-    def settled(self) -> list[Values]:
-        return [g.settled() for g in self.each]
+    @torch.no_grad()
+    def settled(self, keep: float | None = None) -> list[Values]:
+        """The gates for good; see `HardConcrete.settled`.
+
+        Args:
+            keep: prunable weights that are to stay. Neurons are then opened, those with the largest a first, or shut,
+                those with the smallest first, until that many do: as nearly as neurons allow, one per block at least.
+        """
+        values = [g.settled() for g in self.each]
+        if keep is None:
+            return values
+        rows = [  # a, z, where it lies, what it weighs
+            (a, float(z), layer, i, 2 * int((v.hidden != 0).sum()))
+            for g, v in zip(self.each, values, strict=True)
+            for gate, layer in zip(g.neurons, v.neurons, strict=True)
+            for i, (a, z) in enumerate(zip(gate.log_alpha, layer, strict=True))  # type: ignore[arg-type]
+        ]
+        short = keep - sum(_weights(g, v) for g, v in zip(self.each, values, strict=True))
+        opens = short > 0
+        for a, z, layer, i, size in sorted(rows, key=lambda row: float(row[0]), reverse=opens):
+            if size > 2 * abs(short):
+                break
+            if (z == 0) == opens and (opens or int((layer != 0).sum()) > 1):
+                layer[i] = settled_value(a) if opens else torch.zeros_like(a)
+                short -= size if opens else -size
+        return values
 
     def clamp_(self) -> None:
         for gate in self.modules():
@@ -104,6 +128,12 @@ class Gates(nn.Module):
         for gates, z in zip(self.each, values, strict=True):
             fold_(model, gates.tower, z)
         return [k for g, z in zip(self.each, values) for k in g.tower.keeps(model, *_open(z))]
+
+
+def _weights(gates: TowerGates, z: Values) -> int:
+    """Prunable weights that stay with these gates."""
+    heads, neurons = (sum(int((t != 0).sum()) for t in each) for each in (z.heads, z.neurons))
+    return int((z.hidden != 0).sum()) * (4 * gates.head_dim * heads + 2 * neurons)
 
 
 def _open(z: Values) -> tuple[Any, ...]:

@@ -85,7 +85,7 @@ def masked(
     source = prefetch(Batches(data.train, cfg.batch), run.workers)
     fit(run, f"{name}-gates", system, source, steps=cfg.mask_steps, settings=cfg)
     system.cpu().eval()
-    cut = gates.fold_(student, gates.settled())
+    cut = gates.fold_(student, gates.settled(keep=(1 - target) * whole))
     return Plan.identity(student).then(*cut).build(student), cut, float(gates.sparsity().detach())
 
 
