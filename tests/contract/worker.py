@@ -93,7 +93,7 @@ def load(out: Path, folders: list[str]) -> None:
         facts = read_json(Path(folder) / "plan.json")
         with torch.no_grad():
             answers |= answers_of(stillhouse.load(folder), facts, folder)
-    save_file(answers, out)
+    save_file({k: v.contiguous() for k, v in answers.items()}, out)
 
 
 def again(out: Path, folders: list[str]) -> None:
