@@ -77,10 +77,11 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace) -> dict[str, list[d
     results: dict[str, list[dict[str, Any]]] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        for i, future in enumerate([pool.submit(work, task, args.out, args.device) for task in tasks]):
-            task = tasks[i]
+        done = [(task.folder(args.out) / "result.json").exists() for task in tasks]
+        pending = {k: pool.submit(work, t, args.out, args.device) for k, t in enumerate(tasks) if not done[k]}
+        for i, task in enumerate(tasks):
             try:
-                r = future.result()
+                r = work(task, args.out, args.device) if done[i] else pending[i].result()
             except Exception as error:
                 args.failed.append(task)
                 print(f"[{i + 1}/{len(tasks)}] FAILED {task}: {type(error).__name__}: {error}", flush=True)
