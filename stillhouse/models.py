@@ -317,6 +317,23 @@ class ModelSpec:
         return model
 
 
+def spec_and_network(
+    given: nn.Module | ModelSpec, network: nn.Module | None, seed: int
+) -> tuple[ModelSpec | None, nn.Module]:
+    """What recipes make of a network that is given alive or as a `ModelSpec`.
+
+    Args:
+        given: a live module, or how it is built. network: a live one, with weights of its own, beside a spec.
+        seed: of fresh weights, where neither is alive.
+
+    Returns:
+        How it is built again, None of a module that only lives; the network.
+    """
+    if isinstance(given, ModelSpec):
+        return given, given.build(seed=seed) if network is None else network
+    return None, given if network is None else network
+
+
 def import_library(name: str) -> Any:
     """diffusers or transformers, which come with an extra."""
     try:

@@ -23,7 +23,7 @@ from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, count_params, evaluating, logits_of
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.students.reuse import reuse_head
 from stillhouse.system import Schedule, Teacher, map_tensors
@@ -91,9 +91,7 @@ def distill(
         UserError: settings, classes or features that do not fit; said before the first step.
     """
     cfg, began = cfg or Plain(), time.monotonic()
-    spec = student if isinstance(student, ModelSpec) else None
-    if network is None:
-        network = student.build(seed=run.seed) if isinstance(student, ModelSpec) else student
+    spec, network = spec_and_network(student, network, run.seed)
     models = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     if cfg.teacher_epochs:
         for k, model in enumerate(models):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stillhouse.distill import Distill
 from stillhouse.engine import Run
 from stillhouse.evaluate import count_params
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member, Models
 from stillhouse.recipes.cast.adams import AdamS
 from stillhouse.recipes.cast.config import Config
@@ -95,9 +95,7 @@ def distill(
         UserError: settings, layers, a text or a learning rate that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = model if isinstance(model, ModelSpec) else None
-    if network is None:
-        network = model.build(seed=run.seed) if isinstance(model, ModelSpec) else model
+    spec, network = spec_and_network(model, network, run.seed)
     paths = choose(network, cfg.sparsity, cfg.modules, cfg.skip)
     check_language_model(network, text)
     if cfg.dense_steps:

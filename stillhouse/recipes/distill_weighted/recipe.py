@@ -20,7 +20,7 @@ from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, count_params, evaluating, logits_of
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.recipes.distill_weighted.config import Config
 from stillhouse.recipes.distill_weighted.selection import Selection, mixed, remembered
@@ -115,9 +115,7 @@ def distill(
         UserError: settings, classes or sources that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = student if isinstance(student, ModelSpec) else None
-    if network is None:
-        network = student.build(seed=run.seed) if isinstance(student, ModelSpec) else student
+    spec, network = spec_and_network(student, network, run.seed)
     example = data.train.take(np.arange(min(2, len(data.train))))["input"]
     with torch.no_grad(), evaluating(network):
         outputs = logits_of(call(network.cpu(), example)).shape[1]

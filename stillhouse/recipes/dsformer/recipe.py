@@ -23,7 +23,7 @@ from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, count_params, evaluating
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.plain import check_classes, optimizer_of, schedule, train_teacher
 from stillhouse.recipes.dsformer.config import Config
@@ -65,9 +65,7 @@ def distill(
         UserError: settings, layers, sizes or classes that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = base if isinstance(base, ModelSpec) else None
-    if network is None:
-        network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
+    spec, network = spec_and_network(base, network, run.seed)
     paths = choose(network, cfg.modules, cfg.skip, cfg.least_outputs)
     check(network, layers_of(network, paths, replace(cfg, nonzeros=cfg.nonzeros[:1])), data)
     if cfg.teacher_epochs:

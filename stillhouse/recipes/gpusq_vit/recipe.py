@@ -16,7 +16,7 @@ from torch import nn
 from stillhouse.data import Data
 from stillhouse.engine import Run
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.plain import check_classes, train_teacher
 from stillhouse.recipes.gpusq_vit.config import Config
@@ -56,9 +56,7 @@ def distill(
         UserError: settings, layers or classes that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = base if isinstance(base, ModelSpec) else None
-    if network is None:
-        network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
+    spec, network = spec_and_network(base, network, run.seed)
     check_classes(network, [], data.train.take(np.arange(min(4, len(data.train)))), data)
     layers = choose(network, data.train.take(np.arange(2))["input"], cfg)
     with tap(network, layers.compare):

@@ -18,7 +18,7 @@ from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import count_params
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.objectives import cross_entropy, soft_cross_entropy
 from stillhouse.outcomes import Member
 from stillhouse.recipes.lelp.config import Config
@@ -107,9 +107,7 @@ def distill(
         UserError: settings or networks that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = student if isinstance(student, ModelSpec) else None
-    if network is None:
-        network = student.build(seed=run.seed) if isinstance(student, ModelSpec) else student
+    spec, network = spec_and_network(student, network, run.seed)
     example = data.train.take(np.arange(min(4, len(data.train))))
     classes, read = len(data.classes), "teacher" if "teacher" in example else "input"
     if (normalize or resize or unlabelled) and isinstance(example["input"], Mapping):

@@ -17,7 +17,7 @@ from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, count_params, evaluating, logits_of
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.objectives import cross_entropy, kl
 from stillhouse.outcomes import Member
 from stillhouse.recipes.lgtm.config import Config
@@ -54,9 +54,7 @@ def distill(
         UserError: settings, classes or heads that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = student if isinstance(student, ModelSpec) else None
-    if network is None:
-        network = student.build(seed=run.seed) if isinstance(student, ModelSpec) else student
+    spec, network = spec_and_network(student, network, run.seed)
     example = data.train.take(np.arange(min(4, len(data.train))))
     read = "teacher" if "teacher" in example else "input"
     check(network, teacher, example, read, data)

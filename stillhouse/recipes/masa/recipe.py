@@ -21,7 +21,7 @@ from stillhouse.distill import Distill
 from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import count_params
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member, Models
 from stillhouse.plain import check_classes
 from stillhouse.recipes.masa.codes import Coded, Coefficients, unit_rows
@@ -75,9 +75,7 @@ def distill(
         UserError: settings, layers or data that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = base if isinstance(base, ModelSpec) else None
-    if network is None:
-        network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
+    spec, network = spec_and_network(base, network, run.seed)
     matrices: list[dict[str, Any]] = []
     if cfg.way == "fit":
         check(network, data)

@@ -13,7 +13,7 @@ from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import classification, count_params, predict
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.plain import Plain, check_classes, kept, train_teacher
 from stillhouse.recipes.meal_v2.config import Config
@@ -53,9 +53,7 @@ def distill(
         UserError: no teacher, settings or classes that do not fit; said before the first step.
     """
     cfg, began, models = cfg or Config(), time.monotonic(), list(teachers)
-    spec = student if isinstance(student, ModelSpec) else None
-    if network is None:
-        network = student.build(seed=run.seed) if isinstance(student, ModelSpec) else student
+    spec, network = spec_and_network(student, network, run.seed)
     if not models or any(m is network for m in models):
         raise UserError(f"meal_v2 needs teachers that are not the student itself, got {len(models)}; give a copy")
     frozen = [Frozen(m, normalize=normalize, resize=resize) for m in models]

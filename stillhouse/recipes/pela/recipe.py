@@ -21,7 +21,7 @@ from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, count_params, evaluating, logits_of
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.plain import optimizer_of, schedule, train_teacher
 from stillhouse.recipes.pela.config import Config
@@ -62,9 +62,7 @@ def distill(
         UserError: settings, layers, ranks or classes that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = base if isinstance(base, ModelSpec) else None
-    if network is None:
-        network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
+    spec, network = spec_and_network(base, network, run.seed)
     layers = thin_layers(network, choose(network, cfg.modules, cfg.skip, cfg.least_outputs), cfg.ratio, cfg.rank)
     blocks = list(cfg.compare) or (block_paths(network) if cfg.feature else [])
     check(network, layers, blocks, data)

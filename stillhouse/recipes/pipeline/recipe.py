@@ -21,7 +21,7 @@ from stillhouse.engine import Run
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, evaluating, logits_of
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.plain import check_classes
 from stillhouse.recipes.pipeline.config import Config, Step
@@ -67,9 +67,7 @@ def distill(
         UserError: steps, classes or layers that do not fit; a budget that cannot be reached.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = base if isinstance(base, ModelSpec) else None
-    if network is None:
-        network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
+    spec, network = spec_and_network(base, network, run.seed)
     example = data.train.take(np.arange(min(4, len(data.train))))
     read = "teacher" if "teacher" in example and teacher is not None else "input"
     given = [teacher] if isinstance(teacher, nn.Module) else list(teacher or [])

@@ -18,7 +18,7 @@ from stillhouse.data import Data
 from stillhouse.engine import Run
 from stillhouse.errors import UserError
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.plain import check_classes, train_teacher
 from stillhouse.recipes.quantized_distillation.config import Config
@@ -59,9 +59,7 @@ def distill(
         UserError: settings, layers or classes that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = student if isinstance(student, ModelSpec) else None
-    if network is None:
-        network = student.build(seed=run.seed) if isinstance(student, ModelSpec) else student
+    spec, network = spec_and_network(student, network, run.seed)
     models = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     if not models and cfg.kd and (cfg.student_epochs or cfg.method != "dq"):
         raise UserError("a teacher is needed: give one, or kd=0, or a trained student, student_epochs=0 and method dq")

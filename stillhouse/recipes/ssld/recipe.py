@@ -17,7 +17,7 @@ from stillhouse.distill import Distill
 from stillhouse.engine import Run, fit
 from stillhouse.evaluate import count_params
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.plain import Plain, check_classes, train_teacher
 from stillhouse.recipes.ssld.config import Config
@@ -70,9 +70,7 @@ def distill(
         UserError: settings, classes or shapes that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = student if isinstance(student, ModelSpec) else None
-    if network is None:
-        network = student.build(seed=run.seed) if isinstance(student, ModelSpec) else student
+    spec, network = spec_and_network(student, network, run.seed)
     look: dict[str, Any] = {"normalize": normalize, "resize": resize}
     check_classes(network, [Frozen(teacher, **look)], data.train.take(np.arange(min(4, len(data.train)))), data)
     sgd = partial(torch.optim.SGD, lr=cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)

@@ -20,7 +20,7 @@ from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import count_params
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.plain import check_classes, optimizer_of, schedule, train_teacher
 from stillhouse.recipes.sws_learngene.config import Config
@@ -84,9 +84,7 @@ def auxiliary(
     Returns:
         The trained auxiliary network, its gene, and what that took.
     """
-    spec = base if isinstance(base, ModelSpec) else None
-    if network is None:
-        network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
+    spec, network = spec_and_network(base, network, run.seed)
     aux, path, stages = shared(network, cfg.blocks, cfg.depth, cfg.stages, cfg.genes)
     set_drop_path(aux, path, cfg.drop_path)
     example = data.train.take(np.arange(min(4, len(data.train))))

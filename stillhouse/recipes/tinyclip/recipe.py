@@ -17,7 +17,7 @@ from stillhouse.data import Batches, prefetch
 from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, count_params, evaluating
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member, Models
 from stillhouse.recipes.tinyclip.config import Config
 from stillhouse.recipes.tinyclip.stages import by_hand, manual_sizes, masked, names_of, refresh, rehearse, shape_of
@@ -66,9 +66,7 @@ def distill(
         UserError: settings, a model or pairs that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = base if isinstance(base, ModelSpec) else None
-    if network is None:
-        network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
+    spec, network = spec_and_network(base, network, run.seed)
     sizes = [] if cfg.inherit == "auto" else manual_sizes(network, cfg)
     check(network, data)
     rehearse(network, sizes)

@@ -20,7 +20,7 @@ from stillhouse.errors import UserError
 from stillhouse.evaluate import call, evaluating, logits_of
 from stillhouse.family import Family
 from stillhouse.files import write_json
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.recipes.wad.bank import NearestClass, fraction, weights
 from stillhouse.recipes.wad.config import Config
@@ -81,9 +81,7 @@ def distill(
         UserError: settings, classes or an encoder that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = student if isinstance(student, ModelSpec) else None
-    if network is None:
-        network = student.build(seed=run.seed) if isinstance(student, ModelSpec) else student
+    spec, network = spec_and_network(student, network, run.seed)
     check(network, data, pool)
     grown = Growth(data.train, Unlabelled(Subset(pool, np.arange(len(pool)), own_ids=True)))
     if encoder is None:

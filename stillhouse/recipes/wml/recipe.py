@@ -29,7 +29,7 @@ from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.evaluate import count_params, evaluating, logits_of
 from stillhouse.family import Family, names_of
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.objectives.logits import cross_entropy
 from stillhouse.outcomes import Member
 from stillhouse.recipes.wml.config import Config
@@ -73,9 +73,7 @@ def distill(
     cfg = cfg or Config()
     began = time.monotonic()
     train, held, carved = part_data(data, cfg, run.seed)
-    spec = base if isinstance(base, ModelSpec) else None
-    if network is None:
-        network = base.build(seed=run.seed) if isinstance(base, ModelSpec) else base
+    spec, network = spec_and_network(base, network, run.seed)
     peers, budgets, notes = make_peers(run, network, train, cfg)
     widths, channels = feature_sizes(peers, train)
     with torch.random.fork_rng(devices=[]):  # some rules have weights of their own
