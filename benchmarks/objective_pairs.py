@@ -38,6 +38,7 @@ ON_LOGITS: Arms = {
     "standardised": (("standardised:9?T=2",), 0.1),
     "dist": (("dist:1?T=4&beta=2&gamma=2",), 1.0),
     "dkd": (("dkd:1?T=4&alpha=1&beta=2&ramp=0.08",), 1.0),
+    "nkd": (("nkd:1?T=1&gamma=1.5",), 1.0),
     "pld": (("pld:1?T=3",), 0.0),  # holds the label's cross-entropy itself
     "logit-mse": (("logit-mse:1",), 0.1),
     "pseudo": (("pseudo:0.9",), 0.1),
