@@ -218,7 +218,8 @@ APART = {  # objectives of one name that are different functions: no factor rela
     "overhaul": "torchdistill AltActTransferLoss is activation boundaries (AB), the paper before it",
 }
 ALONE = (  # what neither has
-    "reverse", "symmetric", "js", "logit-mse", "pseudo", "dkd", "nkd", "pld", "cosine", "softmax", "nst", "cka", "mi", "simkd",
+    "reverse", "symmetric", "js", "logit-mse", "pseudo", "dkd", "nkd", "pld", "cosine", "softmax", "nst", "cka", "mi",
+    "simkd",
 )  # fmt: skip
 
 
