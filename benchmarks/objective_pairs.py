@@ -14,11 +14,15 @@ import torch
 from torch import nn
 
 from stillhouse import plain
+from stillhouse.comparisons import Objective, taps_of
 from stillhouse.data import Data, Samples, find, load
 from stillhouse.data.named import CIFAR10_MEAN, CIFAR10_STD
 from stillhouse.data.samples import Subset
+from stillhouse.distill import Distill
 from stillhouse.engine import Run
 from stillhouse.models import ModelSpec
+from stillhouse.plain import Plain, optimizer_of
+from stillhouse.students.reuse import reuse_head
 from stillhouse.system import map_tensors
 from stillhouse.teacher_options import filled
 from stillhouse.teachers import Frozen
@@ -101,7 +105,36 @@ class Task:
         return Path(out) / self.pair / self.arm.replace(" ", "") / f"seed{self.seed}"
 
 
-class Images:
+class Pair:
+    """What both pairs have: the settings of a task, and what learns in it."""
+
+    arms: Arms
+    optimizer: Mapping[str, Any]
+    normalize: Any = None
+
+    def config(self, task: Task, data: Data) -> Plain:
+        objectives, label = self.arms[task.arm]
+        epochs = task.steps / (len(data.train) // task.batch)
+        return Plain(objective=objectives, label=label, batch=task.batch, epochs=epochs, **self.optimizer)
+
+    def learner(self, task: Task, data: Data, master: nn.Module) -> Distill:
+        """What `distill` trains, to be timed without it."""
+        cfg, example = self.config(task, data), data.train.take(np.arange(4))
+        student, objectives = self.student(data).build(seed=task.seed), [Objective.parse(o) for o in cfg.objective]
+        if task.arm == "simkd":
+            student, _, paths = reuse_head(student, master, example["input"], None)
+            objectives = [Objective("feature", 1.0, *paths)]
+        asked = Frozen(master, taps=taps_of(objectives), normalize=self.normalize)
+        return Distill(
+            student, asked if objectives else None, objectives=objectives, label=cfg.label, example=example,
+            optimizer=optimizer_of(cfg), clip=cfg.clip,
+        )  # fmt: skip
+
+    def student(self, data: Data) -> ModelSpec:
+        raise NotImplementedError
+
+
+class Images(Pair):
     """CIFAR-10: ResNet-56 with published weights into ResNet-20.
 
     Students learn from batches 1–4. The teacher's weights have seen all five training batches, so it is judged, and
@@ -131,13 +164,12 @@ class Images:
         return data.extra["test_first1000"], Subset(data.test, np.arange(3000), own_ids=True)
 
 
-class Text:
+class Text(Pair):
     """SST-2: a BERT of 4 layers and width 128 into one of 2 layers and width 48, both from scratch."""
 
     name, arms, quick = "text", TEXT, ("labels", "kd", "feature", "contrastive")
     steps, batch, optimizer = 400, 64, {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01}
     about = "SST-2, 6,920 sentences as words; judged on its 1,821 test sentences, beside them on 872 of its dev part"
-    normalize = None
 
     def data(self, task: Task) -> Data:
         dev = open_rows("sst2")  # its test part is the official dev part
@@ -161,7 +193,7 @@ class Text:
         return data.test, data.held_out or data.test
 
 
-PAIRS: dict[str, Any] = {"images": Images(), "text": Text()}
+PAIRS: dict[str, Images | Text] = {"images": Images(), "text": Text()}
 
 
 @torch.no_grad()

@@ -1,13 +1,15 @@
 """Every objective of `stillhouse distill`, equal steps: CIFAR-10 (ResNet-56 into ResNet-20), SST-2 (BERT into BERT).
 
+    .venv/bin/python benchmarks/objectives.py --cost --precision bf16 --out runs/objectives     # seconds, first, quiet
     .venv/bin/python benchmarks/objectives.py --seeds 3 --precision bf16 --out runs/objectives
-    .venv/bin/python benchmarks/objectives.py --pair text --seeds 3 --out runs/objectives
+    .venv/bin/python benchmarks/objectives.py --pair text --seeds 3 --out runs/objectives       # and with --cost
     .venv/bin/python benchmarks/objectives.py --quick --out /tmp/objectives    # a few minutes, to see that it works
     .venv/bin/python benchmarks/objectives.py --values     # loss values beside torchdistill's and timm's
     .venv/bin/python benchmarks/objectives.py --speed      # KD + one feature term: steps per second beside torchdistill
 
 Every (arm, seed) is a run in a folder of its own under --out: an interrupted one is resumed, a finished one read back;
-all arms of a seed come before the next seed. STILLHOUSE_DATA names the folder with data and weights.
+all arms of a seed come before the next seed. `--cost` times a step of every arm, a block of steps each in turn, and the
+table takes its seconds from there. STILLHOUSE_DATA names the folder with data and weights.
 """
 
 from __future__ import annotations
@@ -18,23 +20,22 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from common import pm, remember, table, write
+from common import pm, read, remember, table, write
 from objective_pairs import PAIRS, Arms, Task, asked
 from objective_values import ALONE, APART, TOLERANCE, compared
 from perf_jobs import by_fit, by_torchdistill, images
 from performance import memory
-from rounds import side_by_side
+from rounds import Stepper, side_by_side
 
 import torch  # isort: skip
 
 from stillhouse.comparisons import KNOWN, Objective
-from stillhouse.data import Data
+from stillhouse.data import Batches, Data
 from stillhouse.engine import Run
 from stillhouse.evaluate import classification, environment, fidelity
-from stillhouse.recipes.distill import Config, distill
+from stillhouse.recipes.distill import distill
 from stillhouse.trials import difference
 
 
@@ -42,21 +43,20 @@ def work(task: Task, out: str, device: str) -> dict[str, Any]:
     """Runs one task, or reads its result back."""
     torch.set_num_threads(1)
     folder, pair = task.folder(out), PAIRS[task.pair]
-    objectives, label = pair.arms[task.arm]
 
     def make() -> dict[str, Any]:
         data = pair.data(task)
         master = pair.teacher(out, data)
-        epochs = task.steps / (len(data.train) // task.batch)
-        cfg = Config(objective=objectives, label=label, batch=task.batch, epochs=epochs, **pair.optimizer)
+        cfg = pair.config(task, data)
         fresh, before = not (folder / "stages").exists(), memory(device, reset=True)
         run = Run(folder, seed=task.seed, device=device, precision=task.precision, quiet=True)
         family = distill(run, data, pair.student(data), master, cfg, normalize=pair.normalize)
         assert family.cost["steps"] == task.steps, (family.cost["steps"], task.steps)
         peak = memory(device) - before
-        cost = {"seconds": family.cost["seconds"], "peak_bytes": peak} if fresh else {}  # of a part of a run: of no use
+        cost = {"peak_bytes": peak} if fresh else {}  # of a part of a run: of no use
         return {**judged(pair, family, master, data, run.device), **cost}
 
+    objectives, label = pair.arms[task.arm]
     settings = {**asdict(task), "arm": [list(objectives), label]}
     return remember(folder / "result.json", settings, make)
 
@@ -94,12 +94,12 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace) -> dict[str, list[d
 
 HEADS = [
     "arm", "objectives", "accuracy %", "… minus labels (95 % over seeds)", "beside %", "agrees with the teacher %",
-    "KL from the teacher", "NLL", "seconds", "peak MiB",
+    "KL from the teacher", "NLL", "seconds (÷ labels)", "peak MiB",
 ]  # fmt: skip
 
 
-def rows(results: dict[str, list[dict[str, Any]]], arms: Arms) -> list[list[str]]:
-    """One row per arm."""
+def rows(results: dict[str, list[dict[str, Any]]], arms: Arms, times: dict[str, list[float]]) -> list[list[str]]:
+    """One row per arm; `times`: seconds and times the labels' of what `--cost` has timed."""
     made, plain = [], {r["settings"]["seed"]: r for r in results.get("labels", [])}
     for arm, rs in results.items():
         objectives, label = arms[arm]
@@ -109,12 +109,12 @@ def rows(results: dict[str, list[dict[str, Any]]], arms: Arms) -> list[list[str]
         if both and arm != "labels":
             found = difference([a for a, _ in both], [b for _, b in both], "accuracy", 100)
             gain = f"{found.value:+.2f} ({found.low:+.2f} … {found.high:+.2f})"
-        seconds, peaks = ([r[k] for r in rs if k in r] for k in ("seconds", "peak_bytes"))
+        peaks = [r["peak_bytes"] for r in rs if "peak_bytes" in r]
+        seconds = "{:.0f} ({:.2f})".format(*times[arm]) if arm in times else "–"
         made.append([
             arm, f"`{text}`", pm([r["accuracy"] for r in rs], 2, 100), gain, pm([r["held_out"] for r in rs], 2, 100),
             pm([r["teacher_agreement"] for r in rs], 2, 100), pm([r["teacher_kl"] for r in rs], 3),
-            pm([r["nll"] for r in rs], 3), f"{fmean(seconds):.0f}" if seconds else "–",
-            f"{max(peaks) / 2**20:.0f}" if peaks else "–",
+            pm([r["nll"] for r in rs], 3), seconds, f"{max(peaks) / 2**20:.0f}" if peaks else "–",
         ])  # fmt: skip
     return made
 
@@ -126,6 +126,9 @@ def do_arms(args: argparse.Namespace) -> None:
         raise SystemExit(f"{', '.join(sorted(unknown))}: no arm of {args.pair}; it has {', '.join(pair.arms)}")
     how = (args.steps or pair.steps, args.batch or pair.batch, args.limit, args.precision)
     tasks = [Task(args.pair, arm, seed, *how) for seed in range(args.seeds) for arm in arms]
+    if args.cost:
+        do_cost(args, tasks[: len(arms)])
+        return
     if args.pair == "text":
         pair.teacher(args.out, pair.data(tasks[0]))  # once, before several processes ask for it
     results = run_all(tasks, args)
@@ -133,11 +136,13 @@ def do_arms(args: argparse.Namespace) -> None:
         best = next(iter(results.values()))[0]["teacher"]
         used = {Objective.parse(o).name for terms, _ in pair.arms.values() for o in terms}
         lines = [
-            table(HEADS, rows(results, pair.arms)),
+            table(
+                HEADS, rows(results, pair.arms, (read(Path(args.out) / args.pair / "cost.json") or {}).get("arms", {}))
+            ),
             f"Mean ± standard deviation over {args.seeds} seeds; {how[0]} steps of {how[1]}, {args.precision}; "
             f"{pair.about}. The teacher has {100 * best:.1f} %. {args.jobs} run(s) at a time, device {args.device}; "
-            "seconds and memory are of runs that were not interrupted; memory is what a run takes at its peak above "
-            "what the data and the teacher take before it.",
+            f"seconds are {how[0]} times a step's, timed apart (--cost); memory is what a run that was not interrupted "
+            "takes at its peak above what the data and the teacher take before it.",
             *([f"Not measured: {', '.join(sorted(set(KNOWN) - used))}."] if set(KNOWN) - used else []),
         ]
         text = "\n\n".join(lines)
@@ -146,6 +151,23 @@ def do_arms(args: argparse.Namespace) -> None:
         print("\n" + text + "\n", flush=True)
     if args.failed:
         raise SystemExit(f"{len(args.failed)} run(s) failed; start again to repeat only these")
+
+
+def do_cost(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
+    """Seconds of a whole run of every arm, from blocks of steps that take turns; medians over the rounds."""
+    pair, sides = PAIRS[args.pair], dict[str, Stepper]()
+    data = pair.data(tasks[0])
+    for task in tasks:
+        learner = pair.learner(task, data, pair.teacher(args.out, data))
+        source = Batches(data.train, task.batch)
+        sides[task.arm] = Stepper(learner, source, args.block, device=args.device, precision=task.precision)
+    times = side_by_side(sides, args.repeats, 1)
+    found = {}
+    for arm, t in times.items():
+        ratio = 1 / t.times_faster_than(times["labels"], processor=True) if "labels" in times else float("nan")
+        found[arm] = [t.median / args.block * tasks[0].steps, ratio]
+        print(f"{arm}: {found[arm][0]:.1f} s for {tasks[0].steps} steps, {ratio:.2f} × labels", flush=True)
+    write(Path(args.out) / args.pair / "cost.json", {"environment": environment(), "arms": found})
 
 
 def do_values(args: argparse.Namespace) -> None:
@@ -204,8 +226,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--values", action="store_true", help="loss values beside torchdistill 1.1.5 and timm")
     parser.add_argument("--speed", action="store_true", help="KD + one feature term beside torchdistill 1.1.5")
-    parser.add_argument("--block", type=int, default=2, help="of --speed: steps of a block")
-    parser.add_argument("--repeats", type=int, default=7, help="of --speed: timed rounds")
+    parser.add_argument("--cost", action="store_true", help="time a step of every arm, for the table's seconds")
+    parser.add_argument("--block", type=int, default=2, help="of --speed and --cost: steps of a block")
+    parser.add_argument("--repeats", type=int, default=7, help="of --speed and --cost: timed rounds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="runs/objectives")
     parser.add_argument("--quick", action="store_true", help="four arms, 2 seeds, 8 steps on 1,000 images")
