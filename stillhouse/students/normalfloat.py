@@ -45,6 +45,7 @@ class NormalFloat(Quantizer):
     """
 
     points: Tensor
+    least = 2
 
     def __init__(self, bits: int = 4, group: int = 64):
         super().__init__(bits, group)

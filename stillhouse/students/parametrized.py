@@ -108,7 +108,7 @@ class NM(Projector):
         return self.pattern.mask(w) if self.mask is None else self.mask
 
     def values(self, w: Tensor) -> Tensor:
-        return torch.where(self.chosen(w), w, torch.zeros((), dtype=w.dtype, device=w.device))
+        return (w * self.chosen(w)).add_(0.0)  # several times faster than where on a CPU; + 0 leaves no −0
 
     def passes(self, w: Tensor) -> Tensor | None:
         return None if self.dense_gradient else self.chosen(w)
@@ -130,10 +130,13 @@ class Quantizer(Projector):
             consecutive values.
     """
 
+    least = 1  # fewest bits
+
     def __init__(self, bits: int, group: int = 0):
         super().__init__()
-        if not 1 <= bits <= 8 or group < -1:
-            raise UserError(f"quantisation needs 1 to 8 bits and a group of -1, 0 or more, got {bits}, {group}")
+        if not self.least <= bits <= 8 or group < -1:
+            known = f"{self.least} to 8 bits and a group of -1, 0 or more"
+            raise UserError(f"{type(self).__name__} quantisation needs {known}, got {bits}, {group}")
         self.bits, self.group = bits, group
 
     def code(self, w: Tensor) -> Code:
@@ -152,55 +155,72 @@ class Quantizer(Projector):
 class Symmetric(Quantizer):
     """scale_g · q, q a whole number in ±(2^{b−1}−1), scale_g = max|w_g| / (2^{b−1}−1), rounded half to even.
 
-    Zero stays exactly zero, so that masks survive.
+    Zero stays exactly zero, so that masks survive; with one bit nothing else would.
     """
 
+    least = 2
+
+    @property
+    def most(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def scale(self, x: Tensor) -> Tensor:
+        """(groups,), of values as (groups, size)."""
+        scale = x.abs().amax(1).div_(self.most)
+        return scale.masked_fill_(scale < EPS, 1.0)
+
+    def steps(self, x: Tensor, scale: Tensor) -> Tensor:
+        """q as floats, of values as (groups, size)."""
+        return torch.div(x, scale[:, None]).round_().clamp_(-self.most, self.most)
+
     def code(self, w: Tensor) -> Code:
-        most = max(1, 2 ** (self.bits - 1) - 1)
-        scale = grouped(w.float(), self.group).abs().amax(1) / most
-        scale = torch.where(scale < EPS, torch.ones_like(scale), scale)
+        scale = self.scale(grouped(w.float(), self.group))
         return Code(whole_points(self.bits).to(w.device), scale, torch.zeros_like(scale), self.bits, self.group)
 
-    def steps(self, w: Tensor, code: Code) -> Tensor:
-        """q as floats, (groups, size)."""
-        most = max(1, 2 ** (self.bits - 1) - 1)
-        return torch.round(grouped(w.float(), self.group) / code.scale[:, None]).clamp(-most, most)
-
     def index(self, w: Tensor, code: Code) -> Tensor:
-        return (self.steps(w, code) + max(1, 2 ** (self.bits - 1) - 1)).long()
+        return (self.steps(grouped(w.float(), self.group), code.scale) + self.most).long()
 
     def values(self, w: Tensor) -> Tensor:
-        code = self.code(w)  # as `levels` has it, bit for bit, without looking each value up
-        return ungrouped(code.scale[:, None] * self.steps(w, code) + code.zero[:, None], w.shape).to(w.dtype)
+        x = grouped(w.float(), self.group)
+        scale = self.scale(x)  # below: as `levels` has it, bit for bit (+ 0 leaves no −0), without looking values up
+        return ungrouped(self.steps(x, scale).mul_(scale[:, None]).add_(0.0), w.shape).to(w.dtype)
 
 
 class MinMax(Quantizer):
     """min_g + (max_g − min_g) · k / (2^b − 1), k a whole number, rounded half to even."""
 
-    def code(self, w: Tensor) -> Code:
-        values = grouped(w.float(), self.group)
-        low, high = values.amin(1), values.amax(1)
-        scale = torch.where(high - low < EPS, torch.ones_like(low), high - low)
-        points = torch.arange(2**self.bits, device=w.device).float() / (2**self.bits - 1)
-        return Code(points, scale, low, self.bits, self.group)
+    @property
+    def most(self) -> int:
+        return 2**self.bits - 1
 
-    def steps(self, w: Tensor, code: Code) -> Tensor:
-        """k as floats, (groups, size)."""
-        most = 2**self.bits - 1
-        u = (grouped(w.float(), self.group) - code.zero[:, None]) / code.scale[:, None]
-        return self.rounded(u * most).clamp(0, most)
+    def range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest value and range, (groups,) each, of values as (groups, size)."""
+        low = x.amin(1)
+        scale = x.amax(1).sub_(low)
+        return low, scale.masked_fill_(scale < EPS, 1.0)
+
+    def steps(self, x: Tensor, low: Tensor, scale: Tensor) -> Tensor:
+        """k as floats, of values as (groups, size)."""
+        u = torch.sub(x, low[:, None]).div_(scale[:, None])
+        return self.rounded(u.mul_(self.most)).clamp_(0, self.most)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Whole numbers for real ones."""
-        return torch.round(x)
+        """Whole numbers for real ones; x may be changed."""
+        return x.round_()
+
+    def code(self, w: Tensor) -> Code:
+        low, scale = self.range(grouped(w.float(), self.group))
+        points = torch.arange(2**self.bits, device=w.device).float() / self.most
+        return Code(points, scale, low, self.bits, self.group)
 
     def index(self, w: Tensor, code: Code) -> Tensor:
-        return self.steps(w, code).long()
+        return self.steps(grouped(w.float(), self.group), code.zero, code.scale).long()
 
     def values(self, w: Tensor) -> Tensor:
-        code = self.code(w)  # as `levels` has it, bit for bit, without looking each value up
-        points = self.steps(w, code) / (2**self.bits - 1)
-        return ungrouped(code.scale[:, None] * points + code.zero[:, None], w.shape).to(w.dtype)
+        x = grouped(w.float(), self.group)
+        low, scale = self.range(x)  # below: as `levels` has it, bit for bit, without looking values up
+        points = self.steps(x, low, scale).div_(self.most)
+        return ungrouped(points.mul_(scale[:, None]).add_(low[:, None]), w.shape).to(w.dtype)
 
 
 class Codebook(Quantizer):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from stillhouse.errors import UserError
+from stillhouse.students.normalfloat import NormalFloat
 from stillhouse.students.packing import Code, decode, encode, groups, pack, stored_bits, unpack
 from stillhouse.students.parametrized import (
     NM,
@@ -172,5 +173,9 @@ def test_choosing_layers():
 def test_nothing_to_quantise_is_said():
     with pytest.raises(UserError, match="no values to quantise"):
         Code.empty(torch.Size([0, 3]), 4, 0)
+    for quantizer in (Symmetric, NormalFloat):  # of one bit they could tell nothing apart but one sign
+        for bits in (1, 9):
+            with pytest.raises(UserError, match=f"{quantizer.__name__} quantisation needs 2 to 8 bits.*got {bits}"):
+                quantizer(bits)
     with pytest.raises(UserError, match="1 to 8 bits"):
-        Symmetric(9)
+        MinMax(0)

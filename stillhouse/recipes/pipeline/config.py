@@ -62,7 +62,7 @@ class Step:
                 "prune": lambda: 0 < float(self.value) < 1,
                 "factor": lambda: 0 < float(self.value) < 1,
                 "sparsify": lambda: bool(re.fullmatch(r"\d+:\d+", self.value)) and 0 < self.n_of_m[0] < self.n_of_m[1],
-                "quantize": lambda: 1 <= self.bits <= 8,
+                "quantize": lambda: 2 <= self.bits <= 8,
                 "export": lambda: self.value in ("onnx", "onnx-int8", "torch-export"),
             }[self.name]()
         except ValueError:
@@ -127,6 +127,36 @@ class Config:
         if not (self.epochs > 0 and self.quantize_epochs >= 0 and self.batch >= 1 and self.clip >= 0):
             raise UserError("expected epochs > 0, quantize_epochs >= 0, batch >= 1 and clip >= 0")
         check_order(self.parsed)
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing in these steps, and why."""
+        steps, found = self.parsed, dict[str, str]()
+        names = {s.name for s in steps}
+
+        def without(of: str, settings: tuple[str, ...]) -> None:
+            found.update(dict.fromkeys(settings, f"no step is {of}"))
+
+        quantized = [s for s in steps if s.name == "quantize" and s.options.get("train", self.quantize_epochs)]
+        if "prune" not in names:
+            without("prune", ("measure", "score", "scope"))
+        if not names & {"factor", "sparsify", "quantize"}:
+            without("factor, sparsify or quantize", ("exclude",))
+        if not any("train" not in s.options for s in steps if s.name == "quantize"):
+            without("a quantize that leaves its epochs open", ("quantize_epochs",))
+        if not any(s.name in ("train", "distill") and not s.value for s in steps):
+            without("a train or distill that leaves its epochs open", ("epochs",))
+        if not quantized:
+            without("a quantize that trains", ("quantize_lr",))
+        if not names & {"train", "distill"}:
+            without("train or distill", ("lr",))
+        if not quantized and not names & {"train", "distill"}:
+            without("one that trains", ("optimizer", "lr_warmup", "weight_decay", "clip"))
+        if not quantized and "distill" not in names:
+            without("one that asks the teacher", ("kd", "temperature"))
+        elif not self.kd:
+            found["temperature"] = "--kd 0 does not ask the teacher"
+        return found
 
     @property
     def parsed(self) -> list[Step]:
