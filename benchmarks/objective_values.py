@@ -1,13 +1,17 @@
-"""Loss values of Stillhouse beside those of torchdistill 1.1.5 and timm on random inputs: equal, or told why not.
+"""Loss values of Stillhouse beside those of torchdistill 1.1.5, timm, TRL, TextBrewer and KD-Lib on random inputs.
 
 Who divides by what stands here as data: for every pair the relation that holds between the two values, and its reason
-in words. The relation is checked numerically, so an explanation that is wrong fails.
+in words. The relation is checked numerically, so an explanation that is wrong fails. What is not installed is left out:
+`pip install torchdistill==1.1.5 timm`, and `pip install --no-deps trl textbrewer KD-Lib`, whose own pins would move half
+of an environment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,12 +50,17 @@ class Inputs:
         self.variance = draw(CHANNELS)
 
 
+PACKAGES = {
+    "torchdistill": "torchdistill", "timm": "timm", "TRL": "trl", "TextBrewer": "textbrewer", "KD-Lib": "KD_Lib",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Pair:
     """One objective here and there.
 
     Attributes:
-        name: of the objective here. other: the class there, with the settings that matter.
+        name: of the objective here. other: the library and the class there, with the settings that matter.
         ours: its values per sample (or a number), from the inputs. theirs: the value there.
         relate: what their value is by our definition: from our per-sample values and the inputs; None is the mean.
         why: the difference in words; empty where the two are equal.
@@ -63,6 +72,14 @@ class Pair:
     theirs: Callable[[Inputs], Tensor]
     relate: Callable[[Tensor, Inputs], Tensor] | None = None
     why: str = ""
+
+    @property
+    def library(self) -> str:
+        return self.other.split()[0]
+
+    @property
+    def installed(self) -> bool:
+        return find_spec(PACKAGES[self.library]) is not None
 
     def compare(self, i: Inputs) -> tuple[float, float, float]:
         """Our mean, their value, and what their value should be."""
@@ -175,22 +192,100 @@ def timm_kd(i: Inputs) -> Tensor:
     return said["kd_loss"].detach()
 
 
+# -- TRL, TextBrewer, KD-Lib ------------------------------------------------------------------------------------
+
+
+def trl_jsd(beta: float) -> Callable[[Inputs], Tensor]:
+    def value(i: Inputs) -> Tensor:
+        from trl.experimental.gkd import GKDTrainer
+
+        teacher, student = (z[:, None] for z in i.logits)  # sentences of one token
+        return GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=T)
+
+    return value
+
+
+def textbrewer(name: str, student: Callable[[Inputs], Any], teacher: Callable[[Inputs], Any], **kwargs: Any) -> Any:
+    def value(i: Inputs) -> Tensor:
+        from textbrewer import losses
+
+        return getattr(losses, name)(student(i), teacher(i), **kwargs)
+
+    return value
+
+
+def tokens(k: int, *of: str) -> Callable[[Inputs], Any]:
+    """Maps of the k-th side as (N, positions, CHANNELS); several as a list."""
+    made = [lambda i, name=name: getattr(i, name)[k].flatten(2).transpose(1, 2) for name in of]
+    return made[0] if len(made) == 1 else lambda i: [m(i) for m in made]
+
+
+def kd_lib(module: str, name: str) -> Callable[[Inputs], Tensor]:
+    """One of its losses from the file alone: the package itself asks for what transformers no longer has."""
+
+    def value(i: Inputs) -> Tensor:
+        root = find_spec("KD_Lib")
+        assert root is not None and root.submodule_search_locations
+        path = Path(root.submodule_search_locations[0], "KD", "vision", module, "loss_metric.py")
+        spec = spec_from_file_location(f"kd_lib_{module}", path)
+        assert spec is not None and spec.loader is not None
+        losses = module_from_spec(spec)
+        spec.loader.exec_module(losses)
+        if module == "RKD":
+            return getattr(losses, name)()(*i.rows)
+        return getattr(losses, name)()(*([m] for m in i.maps))
+
+    return value
+
+
+def entropy(z: Tensor) -> Tensor:
+    return -((z / T).softmax(1) * (z / T).log_softmax(1)).sum(1).mean()
+
+
+def whole_map(x: Tensor) -> Tensor:
+    return nn.functional.normalize(x.square().flatten(1))
+
+
 PAIRS = [
     Pair("kd + labels", "torchdistill KDLoss, α 0.1", with_labels(O.kl, 0.1), on_logits("KDLoss", 0.1, temperature=T)),
     Pair("kd", "torchdistill KDLoss, α 0", lambda i: O.kl(*i.logits, T), on_logits("KDLoss", 0.0, temperature=T),
          lambda v, i: v.mean() / T**2, "with α = 0 (or no labels) it leaves the factor T² out, which it has otherwise"),
     Pair("kd", "timm LogitDistillationTask", lambda i: O.kl(*i.logits, T), timm_kd),
+    Pair("kd", "TRL GKDTrainer, β 0", lambda i: O.kl(*i.logits, T), trl_jsd(0.0), lambda v, i: v.mean() / T**2,
+         "it leaves the factor T² out"),
+    Pair("reverse", "TRL GKDTrainer, β 1", lambda i: O.reverse_kl(*i.logits, T), trl_jsd(1.0),
+         lambda v, i: v.mean() / T**2, "it leaves the factor T² out"),
+    Pair("js", "TRL GKDTrainer, β 0.3", lambda i: O.jensen_shannon(*i.logits, T, 0.3), trl_jsd(0.3),
+         lambda v, i: v.mean() / T**2, "it leaves the factor T² out"),
+    Pair("kd", "TextBrewer kd_ce_loss", lambda i: O.kl(*i.logits, T),
+         textbrewer("kd_ce_loss", lambda i: i.logits[1], lambda i: i.logits[0], temperature=T),
+         lambda v, i: v.mean() / T**2 + entropy(i.logits[0]),
+         "it is the cross-entropy, so the teacher's entropy more, and leaves the factor T² out"),
+    Pair("logit-mse", "TextBrewer kd_mse_loss", lambda i: O.mse(*i.logits),
+         textbrewer("kd_mse_loss", lambda i: i.logits[1], lambda i: i.logits[0])),
     Pair("standardised + labels", "torchdistill LogitStdKDLoss, α 0.1", with_labels(standardised, 0.1),
          on_logits("LogitStdKDLoss", 0.1, temperature=T)),
     Pair("dist", "torchdistill DISTLoss", lambda i: O.dist(*i.logits, T, 1.0, 2.0),
          on_logits("DISTLoss", tau=T, beta=1.0, gamma=2.0)),
     Pair("feature", "torchdistill MSELoss, wrapped", lambda i: O.mse(*i.maps), wrapped_mse),
+    Pair("feature", "TextBrewer hid_mse_loss", lambda i: O.mse(*i.maps),
+         textbrewer("hid_mse_loss", tokens(1, "maps"), tokens(0, "maps"))),
+    Pair("cosine", "TextBrewer cos_loss", lambda i: O.cosine(*i.maps),
+         textbrewer("cos_loss", lambda i: i.maps[1].flatten(1), lambda i: i.maps[0].flatten(1))),
+    Pair("cosine", "TextBrewer pkd_loss", lambda i: O.cosine(*i.maps),
+         textbrewer("pkd_loss", lambda i: i.maps[1].flatten(1), lambda i: i.maps[0].flatten(1)),
+         lambda v, i: 2 * v.mean(), "it is the squared distance of directions, 2 − 2 cos"),
     Pair("attention", "torchdistill ATLoss, code", lambda i: O.attention_transfer(*i.maps),
          on_maps("ATLoss", "at_pairs", mode="code"), lambda v, i: v.mean() / SIDE**2,
          "it takes the mean over positions, as the authors' code; ours is their sum, the paper's distance squared"),
     Pair("attention", "torchdistill ATLoss, paper", lambda i: O.attention_transfer(*i.maps),
          on_maps("ATLoss", "at_pairs", mode="paper"), lambda v, i: v.sqrt().mean(),
          "it is the distance itself, as the paper writes it; ours is squared, as in the authors' code"),
+    Pair("attention", "KD-Lib ATLoss", lambda i: O.attention_transfer(*i.maps), kd_lib("attention", "ATLoss"),
+         lambda v, i: (whole_map(i.maps[0]) - whole_map(i.maps[1])).square().mean(),
+         "it does not sum over the channels first: whole squared maps of length 1, not maps of attention"),
+    Pair("flow", "TextBrewer fsp_loss", lambda i: O.mse(*flows(i)),
+         textbrewer("fsp_loss", tokens(1, "maps", "late"), tokens(0, "maps", "late"))),
     Pair("flow", "torchdistill FSPLoss", lambda i: O.mse(*flows(i)), fsp,
          lambda v, i: (flows(i)[0] - flows(i)[1]).square().sum(1).sqrt().sum(1).mean(),
          "it sums the lengths of the columns of G_T − G_S; ours is the mean of squares, the paper's distance over the "
@@ -209,6 +304,9 @@ PAIRS = [
          on_rows("RKDLoss", **RKD, dist_factor=1.0, angle_factor=0.0)),
     Pair("rkd-angle", "torchdistill RKDLoss", lambda i: O.relative_angle(*i.rows),
          on_rows("RKDLoss", **RKD, dist_factor=0.0, angle_factor=1.0)),
+    Pair("rkd-distance", "KD-Lib RKDDistanceLoss", lambda i: O.relative_distance(*i.rows),
+         kd_lib("RKD", "RKDDistanceLoss")),
+    Pair("rkd-angle", "KD-Lib RKDAngleLoss", lambda i: O.relative_angle(*i.rows), kd_lib("RKD", "RKDAngleLoss")),
     Pair("pkt", "torchdistill PKTLoss", lambda i: O.probabilistic(*i.rows), on_rows("PKTLoss", **ENDS),
          lambda v, i: v.mean() / N, "it takes the mean over n² pairs, as the authors' code; ours is a KL per sample"),
 ]  # fmt: skip
@@ -216,17 +314,18 @@ APART = {  # objectives of one name that are different functions: no factor rela
     "contrastive": "torchdistill CRDLoss: negatives from a memory of the whole training set, and NCE; ours: the other "
     "samples of the batch",
     "overhaul": "torchdistill AltActTransferLoss is activation boundaries (AB), the paper before it",
+    "nst": "TextBrewer mmd_loss compares the positions of one layer with those of another; ours: the channels' "
+    "selectivity over positions, a polynomial kernel",
 }
-ALONE = (  # what neither has
-    "reverse", "symmetric", "js", "logit-mse", "pseudo", "dkd", "nkd", "pld", "cosine", "softmax", "nst", "cka", "mi",
-    "simkd",
-)  # fmt: skip
+ALONE = ("symmetric", "pseudo", "dkd", "nkd", "pld", "softmax", "cka", "mi", "simkd")  # what none of them has
 
 
 def compared(seeds: int = 3) -> list[dict[str, Any]]:
     """Every pair on several random inputs: the last values, and the largest relative miss of the stated relation."""
     found = []
     for pair in PAIRS:
+        if not pair.installed:
+            continue
         each = [pair.compare(Inputs(seed)) for seed in range(seeds)]
         miss = max(abs(theirs - expected) / abs(expected) for _, theirs, expected in each)
         ours, theirs, expected = each[-1]

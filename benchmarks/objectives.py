@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/objectives.py --seeds 3 --precision bf16 --out runs/objectives
     .venv/bin/python benchmarks/objectives.py --pair text --seeds 3 --out runs/objectives       # and with --cost
     .venv/bin/python benchmarks/objectives.py --quick --out /tmp/objectives    # a few minutes, to see that it works
-    .venv/bin/python benchmarks/objectives.py --values     # loss values beside torchdistill's and timm's
+    .venv/bin/python benchmarks/objectives.py --values     # loss values beside those of five libraries
     .venv/bin/python benchmarks/objectives.py --speed      # KD + one feature term: steps per second beside torchdistill
 
 Every (arm, seed) is a run in a folder of its own under --out: an interrupted one is resumed, a finished one read back;
@@ -25,6 +25,7 @@ from typing import Any
 from common import pm, read, remember, table, write
 from objective_pairs import PAIRS, Arms, Task, asked
 from objective_values import ALONE, APART, TOLERANCE, compared
+from objective_values import PAIRS as VALUES
 from perf_jobs import by_fit, by_torchdistill, images
 from performance import memory
 from rounds import Stepper, side_by_side
@@ -180,7 +181,9 @@ def do_values(args: argparse.Namespace) -> None:
     ]  # fmt: skip
     heads = ["objective", "there", "ours", "theirs", "relative miss", f"within {TOLERANCE:g}"]
     lines = [table(heads, cells), *(f"- `{name}`: {why}." for name, why in APART.items())]
-    lines.append(f"Neither has: {', '.join(f'`{name}`' for name in ALONE)}.")
+    lines.append(f"None of them has: {', '.join(f'`{name}`' for name in ALONE)}.")
+    if missing := sorted({p.library for p in VALUES if not p.installed}):
+        lines.append(f"Not installed, so left out: {', '.join(missing)}.")
     known = {f["objective"].split()[0] for f in found} | set(APART) | set(ALONE)
     if set(KNOWN) - known:
         lines.append(f"Not looked for: {', '.join(sorted(set(KNOWN) - known))}.")
@@ -224,7 +227,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="training samples (default: all)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--values", action="store_true", help="loss values beside torchdistill 1.1.5 and timm")
+    parser.add_argument("--values", action="store_true", help="loss values beside those of other libraries")
     parser.add_argument("--speed", action="store_true", help="KD + one feature term beside torchdistill 1.1.5")
     parser.add_argument("--cost", action="store_true", help="time a step of every arm, for the table's seconds")
     parser.add_argument("--block", type=int, default=2, help="of --speed and --cost: steps of a block")
