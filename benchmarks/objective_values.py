@@ -1,8 +1,8 @@
 """Loss values of Stillhouse beside those of torchdistill 1.1.5, timm, TRL, TextBrewer and KD-Lib on random inputs.
 
 Who divides by what stands here as data: for every pair the relation that holds between the two values, and its reason
-in words. The relation is checked numerically, so an explanation that is wrong fails. What is not installed is left out:
-`pip install torchdistill==1.1.5 timm`, and `pip install --no-deps trl textbrewer KD-Lib`, whose own pins would move half
+in words. The relation is checked numerically, so a wrong explanation fails. What is not installed is left out:
+`pip install torchdistill==1.1.5 timm`, and `pip install --no-deps trl textbrewer KD-Lib`, whose pins would move half
 of an environment.
 """
 
