@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from stillhouse import __version__, recipes, recommending
 from stillhouse.errors import Interrupted, UserError, did_you_mean
-from stillhouse.flags import parse_flags, settings
+from stillhouse.flags import parse_flags, refuse_idle, settings
 
 if TYPE_CHECKING:
     from stillhouse.options import Options
@@ -119,7 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
     recommending.add_flags(sub)
     sub = command("export", do_export, "export students to a deployable file and check it against PyTorch")
     sub.add_argument("folder", type=Path, help="a run's --out folder, or one student's folder in it")
-    sub.add_argument("--to", required=True, choices=["onnx", "torch-export", "safetensors"], help="file format")
+    sub.add_argument(
+        "--to", required=True, choices=["onnx", "onnx-packed", "torch-export", "safetensors"], help="file format"
+    )
     sub.add_argument("--student", help="only this student (default: all)")
     sub.add_argument("--out", type=Path, help="folder for the files (default: RUN/exports)")
     return parser
@@ -178,6 +180,7 @@ def shown_value(value: Any) -> str:
 
 def do_run(args: argparse.Namespace) -> None:
     options, config = parse_flags(args.system, args.flags)
+    refuse_idle(args.flags, options, config)
     claim_folder(options, config, args.system, args.flags)
     execute(args.system, args.flags, options, config)
 
@@ -322,7 +325,7 @@ def do_recommend(args: argparse.Namespace) -> None:
 
 
 def do_export(args: argparse.Namespace) -> None:
-    from stillhouse.export import export
+    from stillhouse.export import SUFFIX, export
     from stillhouse.files import inside, read_json
     from stillhouse.outcomes import example_inputs, load
 
@@ -339,11 +342,13 @@ def do_export(args: argparse.Namespace) -> None:
             raise UserError(f"{folder} has no student {args.student!r}; {did_you_mean(args.student, known)}")
     if not students:
         raise UserError(f"{folder} holds no students (no students/NAME/plan.json); give a run's --out folder")
-    suffix = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}[args.to]
+    if args.to == "onnx-packed" and not args.student:  # of the others there is nothing to pack
+        packed = [p for p in students if any(e.get("kind") == "pack" for e in read_json(p / "plan.json")["edits"])]
+        students = packed or students
     for student in students:
         model, plan = load(student), student / "plan.json"
         example = example_inputs(read_json(plan), str(plan))
-        target = inside(args.out or home / "exports", student.name + suffix)
+        target = inside(args.out or home / "exports", student.name + SUFFIX[args.to])
         target.parent.mkdir(parents=True, exist_ok=True)
         parity = export(model, example, args.to, target)
         print(

@@ -72,6 +72,24 @@ KNOWN: dict[str, tuple[Level, Callable[..., Tensor], dict[str, float]]] = {
 }
 ON_LOGITS = ("logits", "labelled")
 SCHEDULE = ("ramp", "until")
+FRONT = 8  # most class and register tokens in front of an image's patches
+# What an option may be, for objectives in general and for single ones: whether it is so, and how that is said.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "T": (lambda v: 0 < v < math.inf, "a positive number"),
+    "alpha": (lambda v: 0 <= v < math.inf, "a number >= 0"),
+    "beta": (lambda v: 0 <= v < math.inf, "a number >= 0"),
+    "gamma": (lambda v: 0 <= v < math.inf, "a number >= 0"),
+    "margin": (lambda v: -math.inf < v <= 0, "a number <= 0"),
+    "p": (lambda v: 1 <= v < math.inf, "a number >= 1"),
+    "ramp": (lambda v: 0 <= v <= 1, "a part of the run in [0, 1]"),
+    "until": (lambda v: 0 < v <= 1, "a part of the run in (0, 1]"),
+    "js beta": (lambda v: 0 < v < 1, "a number between 0 and 1 (the ends are kd and reverse)"),
+    "pld T": (lambda v: v > 0, "a positive number, or inf"),
+    "mi alpha": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
+    "token": (lambda v: v % 1 == 0, "a position, such as 0 or -1"),
+    **{k: (lambda v: v >= 1 and v % 1 == 0, "a whole number >= 1") for k in ("width", "hidden")},
+    **{k: (lambda v: v >= 0 and v % 1 == 0, "a whole number >= 0") for k in ("layers", "topk")},
+}
 
 
 @dataclass(frozen=True)
@@ -128,9 +146,12 @@ class Objective:
         if self.name not in KNOWN:
             raise UserError(f"no objective {self.name!r}; {did_you_mean(self.name, KNOWN, limit=30)}")
         known = [*KNOWN[self.name][2], *SCHEDULE, *(() if self.level in ON_LOGITS else ("token",))]
-        for key in self.options:
+        for key, value in self.options.items():
             if key not in known:
                 raise UserError(f"objective {self.name}: no option {key!r}; {did_you_mean(key, known)}")
+            fits, expected = RANGES.get(f"{self.name} {key}", RANGES[key])
+            if not fits(value):
+                raise UserError(f"objective {self.name}: {key} must be {expected}, got {value:g}")
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise UserError(f"objective {self.name}: the weight must be a number >= 0, got {self.weight}")
         if self.level in (*ON_LOGITS, "head") and self.student:
@@ -152,10 +173,14 @@ class Objective:
         student, teacher = ((p or "").split(">") if p else [] for p in (self.student, self.teacher))
         return student, teacher
 
+    def over(self, clock: Clock) -> bool:
+        """Whether the run is past its ``until``."""
+        return clock.progress >= self.options.get("until", 1.0)
+
     def at(self, clock: Clock) -> float:
         """The weight at this moment of the run."""
-        ramp, until = self.options.get("ramp", 0.0), self.options.get("until", 1.0)
-        if clock.progress >= until:
+        ramp = self.options.get("ramp", 0.0)
+        if self.over(clock):
             return 0.0
         return self.weight * (min(1.0, clock.progress / ramp) if ramp else 1.0)
 
@@ -175,15 +200,31 @@ def _number(text: str) -> float | None:
 class Comparison(nn.Module):
     """One objective between features, with what it learns: projectors, variances.
 
-    Positions of maps that differ are average-pooled to the smaller number; channels that differ are brought to the
+    Positions of maps that differ are average-pooled to the smaller number; tokens of an image, which become a map
+    (n, d, length, 1), are put back into rows and columns for that (see `grid`). Channels that differ are brought to the
     teacher's by a 1×1 convolution (a linear layer where there are no positions) on the student. Built for the shapes of
     one example batch.
+
+    Args:
+        image: (height, width) of the inputs where they are images, so that sequences are of patches.
+        margin: of ``overhaul``, (C,), where its options give none: see `objectives.negative_mean`.
     """
 
-    def __init__(self, objective: Objective, student: Sequence[Tensor], teacher: Sequence[Tensor]):
+    margin: Tensor | None
+
+    def __init__(
+        self,
+        objective: Objective,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        *,
+        image: Sequence[int] | None = None,
+        margin: Tensor | None = None,
+    ):
         super().__init__()
-        self.objective = objective
+        self.objective, self.image = objective, image
         _, self.fn, defaults = KNOWN[objective.name]
+        self.register_buffer("margin", margin, persistent=False)
         chosen = {k: v for k, v in objective.options.items() if k not in (*SCHEDULE, "token")}
         self.options = {k: v for k, v in {**defaults, **chosen}.items() if k != "width"}
         self.sides = nn.ModuleList(nn.Identity() for _ in student)
@@ -206,7 +247,7 @@ class Comparison(nn.Module):
         """Per-sample values (n,) of the student's features against the teacher's (detached)."""
         t = [f.detach() for f in teacher]
         if self.objective.level not in ("structure", "channels"):
-            student, t = _same_positions(student, t)
+            student, t = _same_positions(student, t, self.image)
         s = [side(f) for side, f in zip(self.sides, student, strict=True)]
         if self.critic is not None:
             return -self.bound(s[0], t[0])
@@ -214,6 +255,8 @@ class Comparison(nn.Module):
             return O.mse(O.flow(*t), O.flow(*s))
         if self.raw_variance is not None:
             return O.variational(t[0], s[0], self.raw_variance)
+        if self.margin is not None:
+            return O.overhaul(t[0], s[0], self.margin.to(t[0]))
         return self.fn(self.other(t[0]), s[0], **self.options)
 
     def bound(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -226,7 +269,8 @@ class Comparison(nn.Module):
         """A row for people: the objective, both shapes, and what it learns."""
         shapes = [" > ".join("×".join(map(str, f.shape[1:])) for f in fs) for fs in (student, teacher)]
         learned = sum(p.numel() for p in self.parameters())
-        return [str(self.objective), *shapes, f"{learned:,} parameters" if learned else "–"]
+        made = [f"{learned:,} parameters"] * bool(learned) + ["margins of a batch norm"] * (self.margin is not None)
+        return [str(self.objective), *shapes, ", ".join(made) or "–"]
 
 
 class _Flat(nn.Sequential):
@@ -241,7 +285,8 @@ class _Flat(nn.Sequential):
 def as_map(feature: Tensor, inputs: Any, token: float | None = None, keep: float = 0) -> Tensor:
     """A feature as objectives take it: (n, d), or a map (n, d, height, width).
 
-    Token sequences (n, length, d) become their mean over a sentence's own tokens, (n, d), where the inputs have an
+    Maps of networks that keep their channels last (Swin), (n, height, width, d), are turned. Token sequences
+    (n, length, d) become their mean over a sentence's own tokens, (n, d), where the inputs have an
     ``attention_mask`` of that length: sentences and tokenizers differ in length. Without a mask, as in vision
     transformers, they become maps (n, d, length, 1).
 
@@ -249,10 +294,19 @@ def as_map(feature: Tensor, inputs: Any, token: float | None = None, keep: float
         feature: what was tapped. inputs: what the network was called with.
         token: take this position of a sequence instead.
         keep: leave sequences with a mask as they are, (n, length, d), with zeros where the sentence has no token.
+
+    Raises:
+        UserError: a sequence without that position.
     """
+    if feature.dim() == 4 and isinstance(inputs, Tensor) and inputs.dim() == 4:
+        shape = tuple(inputs.shape[2:])
+        last = not _alike(feature.shape[2:], shape) and _alike(feature.shape[1:3], shape)
+        return feature.permute(0, 3, 1, 2) if last else feature
     if feature.dim() != 3:
         return feature
     if token is not None:
+        if not -feature.shape[1] <= token < feature.shape[1]:
+            raise UserError(f"token={token:g}: the sequence has {feature.shape[1]} positions, counted from 0")
         return feature[:, int(token)]
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if mask is None or mask.shape != feature.shape[:2]:
@@ -269,13 +323,55 @@ def _projector(like: Tensor, channels: int) -> nn.Module:
     return nn.Conv2d(like.shape[1], channels, 1) if like.dim() == 4 else nn.Linear(like.shape[1], channels)
 
 
-def _same_positions(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two grids (height, width) have the same proportions; a row more or less of unequal sides is rounding."""
+    return abs(a[0] * b[1] - a[1] * b[0]) <= (0 if b[0] == b[1] else max(b))
+
+
+def grid(tokens: Tensor, like: Sequence[int]) -> Tensor:
+    """Tokens of an image as its rows and columns: (n, d, length, 1) → (n, d, height, width).
+
+    Patches lie row by row. Class and register tokens are in front of them and are left out: the fewest whose absence
+    leaves a grid closest to the asked proportions.
+
+    Args:
+        like: (height, width) of a map of the same image.
+
+    Raises:
+        UserError: no such grid.
+
+    Example:
+        >>> grid(torch.zeros(2, 8, 65, 1), (7, 7)).shape
+        torch.Size([2, 8, 8, 8])
+    """
+    length, found = tokens.shape[2], []
+    for front in range(min(FRONT + 1, length)):
+        rows = max(1, round(math.sqrt((length - front) * like[0] / like[1])))
+        columns, rest = divmod(length - front, rows)
+        if not rest and _alike((rows, columns), like):
+            found.append((abs(rows * like[1] - columns * like[0]), front, rows, columns))
+    if found:
+        _, front, rows, columns = min(found)
+        return tokens[:, :, front:, 0].unflatten(2, (rows, columns))
+    raise UserError(f"{length} tokens are no grid of the proportions {like[0]}×{like[1]}; tap a map instead")
+
+
+def _same_positions(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], image: Sequence[int] | None
+) -> tuple[list[Tensor], list[Tensor]]:
     s, t = list(student), list(teacher)
     for i, (a, b) in enumerate(zip(s, t, strict=True)):
         if a.dim() == b.dim() == 4 and a.shape[2:] != b.shape[2:]:
+            if image:
+                sizes = [image if _tokens(f) else tuple(f.shape[2:]) for f in (a, b)]
+                a, b = (grid(f, size) if _tokens(f) else f for f, size in ((a, sizes[1]), (b, sizes[0])))
             size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
             s[i], t[i] = F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)
     return s, t
+
+
+def _tokens(f: Tensor) -> bool:
+    return f.shape[2] > 1 and f.shape[3] == 1
 
 
 def taps_of(objectives: Sequence[Objective | str]) -> list[str]:

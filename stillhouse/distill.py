@@ -29,7 +29,8 @@ class Distill(System):
     Args:
         student: the network that learns; gives logits (n, C).
         teacher: a `Teacher` that answers with the logits and the taps that the objectives name (see `taps_of`), or a
-            `teachers.Sequence` of them; None only where nothing is asked of it.
+            `teachers.Sequence` of them; None only where nothing is asked of it. It is not asked once every objective is
+            past its ``until``.
         objectives: `Objective` or their text, such as ``["kd:0.9?T=4", "feature:layer2:100"]``; None takes alpha and T.
         label: weight of the cross-entropy beside `objectives`.
         alpha, T: of the plain case.
@@ -82,6 +83,10 @@ class Distill(System):
             raise UserError("Distill: simkd changes the student; take its objective from students.reuse_head")
         if label < 0 or not (label or self.objectives):
             raise UserError(f"Distill: needs label >= 0 and something to learn from, got label={label} alone")
+        if not label and all(o.options.get("until", 1.0) < 1 for o in self.objectives):
+            raise UserError(
+                "Distill: without labels nothing is left to learn from behind the objectives' until; leave one on"
+            )
         if teacher is None and self.objectives:
             raise UserError(f"Distill: {self.objectives[0]} needs a teacher; give one, or labels alone (alpha=0)")
         if not any(p.requires_grad for p in student.parameters()):
@@ -108,13 +113,19 @@ class Distill(System):
         with torch.no_grad(), evaluating(self.student), tap(self.student, self._taps) as seen:
             call(self.student, example[self._read])
         said = self._ask(example, Clock())
+        own = example[self._read]
+        image = tuple(own.shape[2:]) if isinstance(own, Tensor) and own.dim() == 4 else None
         for k, objective in enumerate(self.objectives):
             if objective.level in ON_LOGITS:
                 self.described.append([str(objective), "logits", "logits", "–"])
                 continue
-            student, teacher = self._features(objective, seen, said, example)
             try:
-                comparison = Comparison(objective, student, teacher)
+                student, teacher = self._features(objective, seen, said, example)
+            except UserError as error:
+                raise UserError(f"objective {objective}: {error}") from None
+            margin = self._margin(objective, teacher[0].shape[1])
+            try:
+                comparison = Comparison(objective, student, teacher, image=image, margin=margin)
             except (RuntimeError, UserError) as error:
                 shapes = [[tuple(f.shape) for f in fs] for fs in (student, teacher)]
                 raise UserError(
@@ -122,6 +133,15 @@ class Distill(System):
                 ) from None
             self.comparisons[str(k)] = comparison
             self.described.append(comparison.describe(student, teacher))
+
+    def _margin(self, o: Objective, channels: int) -> Tensor | None:
+        """Of ``overhaul`` without one: from the last batch norm of the tapped layer, as the authors take it."""
+        model = getattr(self.teacher, "model", None)
+        if o.name != "overhaul" or "margin" in o.options or model is None:
+            return None
+        inside = model.get_submodule(o.taps[1][0].removesuffix(":in")).modules()
+        norms = [m for m in inside if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) and m.affine]
+        return O.negative_mean(norms[-1]) if norms and norms[-1].num_features == channels else None
 
     def updates(self) -> Sequence[Update]:
         moving = [p for p in self.parameters() if p.requires_grad]
@@ -140,10 +160,12 @@ class Distill(System):
         if self.label:
             label = O.cross_entropy(z, batch["label"], self.label_smoothing).mean()
             terms["label"] = label if self.label == 1 else self.label * label
-        said = self._ask(batch, clock) if self.objectives else None
+        said = None if all(o.over(clock) for o in self.objectives) else self._ask(batch, clock)
         for k, o in enumerate(self.objectives):
-            assert said is not None
             name = o.name if o.name not in terms else f"{o.name} {k}"
+            if said is None or o.over(clock):
+                terms[name] = z.new_zeros(())
+                continue
             terms[name] = o.at(clock) * self._compare(k, o, taught, seen, said, batch).mean()
         y = batch["label"].argmax(-1) if batch["label"].is_floating_point() else batch["label"]  # may be mixed
         correct = (z.detach().argmax(-1) == y).float().mean()

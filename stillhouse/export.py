@@ -10,12 +10,14 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from stillhouse import onnx_codes
 from stillhouse.errors import UserError, did_you_mean, need
 from stillhouse.evaluate import call, evaluating
 from stillhouse.files import atomic_write, read_json, replacing, strict
@@ -23,7 +25,9 @@ from stillhouse.system import fold, map_tensors, walk
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 Runner = Callable[[Any], list[Tensor]]
-Format = Literal["onnx", "torch-export", "safetensors"]
+Format = Literal["onnx", "onnx-packed", "torch-export", "safetensors"]
+Batch = Literal["dynamic"] | int
+SUFFIX = {"onnx": ".onnx", "onnx-packed": ".packed.onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Parity:
     """What the check of an exported file found.
 
     Attributes:
-        path: the file. format: ``onnx``, ``torch-export`` or ``safetensors``.
+        path: the file. format: one of `SUFFIX`.
         max_abs_diff: largest |file − model| over all outputs of all inputs tried.
         max_rel_diff: largest |file − model| / max(1, largest |output|), each output of each input by its own size.
         samples: how many random samples were tried.
@@ -180,7 +184,7 @@ def export(
     path: str | Path,
     *,
     tolerance: float = 1e-4,
-    batch: Literal["dynamic"] | int = "dynamic",
+    batch: Batch = "dynamic",
     structure: nn.Module | None = None,
 ) -> Parity:
     """Write the model in a format others can run, run the file, and compare it with the model.
@@ -192,7 +196,8 @@ def export(
     Args:
         model: exported in eval mode on the CPU (one on another device is copied); stays as it is.
         example: one input with a batch dimension first (a mapping is passed by name, a tuple by position).
-        to: ``onnx`` (torch's exporter, checked in onnxruntime), ``torch-export`` (a ``.pt2`` program) or
+        to: ``onnx`` (torch's exporter, checked in onnxruntime), ``onnx-packed`` (the same, a quantised student's
+            weights as integers of 8 or 4 bits: `onnx_codes`), ``torch-export`` (a ``.pt2`` program) or
             ``safetensors`` (weights only, reloaded into ``structure`` or a zeroed copy of the model).
         path: the file to write.
         tolerance: see above.
@@ -214,7 +219,12 @@ def export(
         >>> found.max_abs_diff
         0.0
     """
-    writers = {"onnx": _onnx, "torch-export": _torch_export, "safetensors": _safetensors}
+    writers: dict[str, Callable[..., Runner]] = {
+        "onnx": _onnx,
+        "onnx-packed": partial(_onnx, packed=True),
+        "torch-export": _torch_export,
+        "safetensors": _safetensors,
+    }
     if to not in writers:
         raise UserError(f"unknown export format {to!r}; {did_you_mean(str(to), writers)}")
     if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
@@ -222,8 +232,7 @@ def export(
     path, example = Path(path), map_tensors(example, lambda t: t.detach().cpu())
     model = model if all(t.device.type == "cpu" for t in _tensors(model)) else copy.deepcopy(model).cpu()
     sizes = [1, 3] if batch == "dynamic" else [batch, batch]
-    suffix = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}[to]
-    with evaluating(model), replacing(path, suffix) as temp:
+    with evaluating(model), replacing(path, SUFFIX[to]) as temp:
         run = writers[to](model, _resized(example, 2 if batch == "dynamic" else batch), temp, batch, structure)
         gap, relative = _compare(model, example, run, sizes)
         found = Parity(str(path), to, gap, relative, 2 * sum(sizes), temp.stat().st_size)
@@ -298,7 +307,7 @@ def _split(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example), {}) if isinstance(example, tuple | list) else ((example,), {})
 
 
-def _program(model: nn.Module, example: Any, batch: Literal["dynamic"] | int) -> torch.export.ExportedProgram:
+def _program(model: nn.Module, example: Any, batch: Batch) -> torch.export.ExportedProgram:
     args, named = _split(example)
     shapes = None
     if batch == "dynamic":
@@ -313,7 +322,9 @@ def _program(model: nn.Module, example: Any, batch: Literal["dynamic"] | int) ->
         raise UserError(f"{type(model).__name__} cannot be exported by torch.export: {_line(error)}; {fix}") from error
 
 
-def _onnx(model: nn.Module, example: Any, path: Path, batch: Literal["dynamic"] | int, _: nn.Module | None) -> Runner:
+def _onnx(
+    model: nn.Module, example: Any, path: Path, batch: Batch, _: nn.Module | None, packed: bool = False
+) -> Runner:
     try:
         import onnx
         import onnxruntime
@@ -328,14 +339,19 @@ def _onnx(model: nn.Module, example: Any, path: Path, batch: Literal["dynamic"] 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            written = torch.onnx.export(program, dynamo=True, verbose=False)
+            version = onnx_codes.opset(model) if packed else None
+            written = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=version)
         assert written is not None
-        written.save(str(path), external_data=False)
+        proto = written.model_proto
+        if packed:
+            onnx_codes.store(proto, model)
+        path.write_bytes(proto.SerializeToString())
         onnx.checker.check_model(str(path), full_check=True)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        options.add_session_config_entry(*onnx_codes.DECODE_AT_LOAD)
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as error:  # exporter, checker and runtime each have their own kinds
         raise UserError(f"{type(model).__name__} has no valid ONNX form: {_line(error)}; use torch-export") from error
@@ -348,9 +364,7 @@ def _onnx(model: nn.Module, example: Any, path: Path, batch: Literal["dynamic"] 
     return run
 
 
-def _torch_export(
-    model: nn.Module, example: Any, path: Path, batch: Literal["dynamic"] | int, _: nn.Module | None
-) -> Runner:
+def _torch_export(model: nn.Module, example: Any, path: Path, batch: Batch, _: nn.Module | None) -> Runner:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.export.save(_program(model, example, batch), str(path))
@@ -358,9 +372,7 @@ def _torch_export(
     return lambda inputs: list(walk(call(loaded, inputs)))
 
 
-def _safetensors(
-    model: nn.Module, _: Any, path: Path, __: Literal["dynamic"] | int, structure: nn.Module | None
-) -> Runner:
+def _safetensors(model: nn.Module, _: Any, path: Path, __: Batch, structure: nn.Module | None) -> Runner:
     from safetensors.torch import save
 
     path.write_bytes(save(weights(model), {"format": "pt"}))

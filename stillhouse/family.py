@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,14 +56,42 @@ class Family(Members):
     tokenizer: Any = None  # of transformers, saved with classifiers of text
     base_inputs: Any = None  # of the base, where it reads something else than its students: another vocabulary
 
+    @classmethod
+    def of(
+        cls,
+        data: Data,
+        members: Sequence[Member],
+        base: nn.Module,
+        spec: ModelSpec | None = None,
+        cost: dict[str, Any] | None = None,
+        *,
+        base_reads: str = "input",
+        **known: Any,
+    ) -> Self:
+        """The family of models for `data`, from which it has shape, classes, tokenizer and example input.
+
+        All models are put on the CPU and in eval mode.
+
+        Args:
+            base_reads: the entry of a batch that the base is called with, ``input`` or ``teacher`` (other token ids).
+            known: further fields.
+        """
+        for model in (base, *(m.model for m in members)):
+            model.cpu().eval()
+        one = data.train.take(np.arange(1))
+        return cls(
+            list(members), tuple(data.shape), tuple(data.classes), base, spec, cost or {},
+            inputs=one["input"] if isinstance(one["input"], Mapping) else None,
+            base_inputs=None if base_reads == "input" else one[base_reads],
+            tokenizer=getattr(data.train, "tokenizer", None), **known,
+        )  # fmt: skip
+
     def facts(self, m: Member) -> dict[str, Any]:
         known: dict[str, Any] = {"classes": list(self.classes), "shape": list(self.shape)}
         if self.inputs is not None:
             known["inputs"] = describe(self.inputs)
-        if not (m.spec or self.spec):
-            known["base"] = {
-                "class": type(self.base).__qualname__
-            }  # not the student's own class, which is a slice of it
+        if not (m.spec or self.spec):  # what is given to `load`: what the student was sliced from, or its like
+            known["base"] = {"class": type(self.base if m.plan else m.model).__qualname__}
         return {**super().facts(m), **known}
 
     def ensemble(self, logits: Sequence[Tensor]) -> Tensor:

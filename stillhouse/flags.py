@@ -26,7 +26,8 @@ def parse_flags(system: str, flags: Sequence[str]) -> tuple[Options, Any]:
     package = recipes.find(system)
     experiment = recipes.experiment(system)
     Options = getattr(experiment, "OPTIONS", Every)
-    own = any(f.split("=")[0] in {f"--{name}" for name in Options.BRINGS} for f in flags)
+    brings = {"student", *Options.BRINGS}  # --student: another word for --model
+    own = any(f.startswith("--") and f[2:].split("=")[0].replace("-", "_") in brings for f in flags)
     preset = package.Config() if own else experiment.PRESET
     both = dataclasses.make_dataclass(
         "Flags",
@@ -48,6 +49,14 @@ def parse_flags(system: str, flags: Sequence[str]) -> tuple[Options, Any]:
             raise
         raise UserError(one_line(shown.getvalue())) from None
     return made.options, made.config
+
+
+def refuse_idle(flags: Sequence[str], options: Options, config: Any) -> None:
+    """Raises UserError where a flag was given that does nothing beside the others (`Options.idle`)."""
+    given = {word.partition("=")[0].replace("_", "-").replace("--no-", "--", 1) for word in flags}
+    for name, why in options.idle(config).items():
+        if (flag := f"--{name.replace('_', '-')}") in given:
+            raise UserError(f"{flag} does nothing here: {why}; drop it")
 
 
 def merged(flags: Sequence[str], *kinds: type) -> list[str]:
@@ -101,11 +110,16 @@ def settings(options: Options, config: Any) -> dict[str, Any]:
 
 
 def configured(system: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """All settings of a system's Config with these ones, as run.json has them; None where it refuses them."""
+    """All settings of a system's Config with these ones, as run.json has them; None where it refuses them.
+
+    What is idle under them has its default: pipelines that differ in nothing else are one.
+    """
     try:
         config = recipes.find(system).Config
         fields = {f.name for f in dataclasses.fields(config)}
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in fields}
-        return json.loads(json.dumps(dataclasses.asdict(config(**given)), default=str))
+        made = config(**given)
+        plain = {f.name: f.default for f in dataclasses.fields(config) if f.name in getattr(made, "idle", {})}
+        return json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(made, **plain)), default=str))
     except (UserError, TypeError, ValueError):
         return None

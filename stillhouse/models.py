@@ -213,11 +213,11 @@ class ModelSpec:
             torch.manual_seed(seed)
             if not name:
                 raise UserError(
-                    f"--model {self.name!r}: expected SOURCE:NAME with SOURCE stillhouse, torchvision, timm or a "
-                    "module of yours (package.module:function)"
+                    f"no network {self.name!r}: expected SOURCE:NAME with SOURCE stillhouse, torchvision, timm or a "
+                    "module of yours (package.module:function), or where a trained one is read RUN/students/NAME"
                 )
             if source == "stillhouse":
-                model = self._own(name)
+                model = self._own(name, pretrained)
             elif source == "torchvision":
                 model = self._torchvision(name, pretrained)
             elif source == "timm":
@@ -236,9 +236,11 @@ class ModelSpec:
         """A batch of n inputs with fixed random values."""
         return torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(0))
 
-    def _own(self, name: str) -> nn.Module:
+    def _own(self, name: str, pretrained: bool) -> nn.Module:
         if name not in OWN:
             raise UserError(f"no model stillhouse:{name}; {did_you_mean(name, OWN)}")
+        if pretrained:
+            raise UserError(f"stillhouse:{name} has no published weights; drop --pretrained")
         return OWN[name](self.shape, self.classes, **self.options)
 
     def _torchvision(self, name: str, pretrained: bool) -> nn.Module:
@@ -311,9 +313,9 @@ class ModelSpec:
             takes = inspect.signature(build).parameters
             model = build(**{k: v for k, v in known.items() if k in takes})
         except Exception as error:
-            raise UserError(f"--model {module}:{name} raised {type(error).__name__}: {_line(error)}") from None
+            raise UserError(f"{module}:{name} raised {type(error).__name__}: {_line(error)}") from None
         if not isinstance(model, nn.Module):
-            raise UserError(f"--model {module}:{name} returned {type(model).__name__}, expected a torch.nn.Module")
+            raise UserError(f"{module}:{name} returned {type(model).__name__}, expected a torch.nn.Module")
         return model
 
 

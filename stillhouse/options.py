@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     from torch import nn
 
-    from stillhouse.data import Data
+    from stillhouse.data import Data, Samples
     from stillhouse.engine import Run
     from stillhouse.models import ModelSpec
     from stillhouse.text.windows import Corpus
@@ -41,12 +41,19 @@ class Options:
     @property
     def own(self) -> bool:
         """Whether the user brought something (`BRINGS`); else the built-in experiment runs."""
-        return any(getattr(self, name) not in (None, ()) for name in self.BRINGS)
+        return any(getattr(self, name) not in (None, (), False) for name in self.BRINGS)
+
+    def idle(self, config: Any) -> Mapping[str, str]:
+        """Flags that do nothing beside these, and why: a Config's ``idle``. The built-in experiment has none."""
+        return getattr(config, "idle", {}) if self.own else {}
 
     def run(self) -> Run:
         """The run these options describe."""
         from stillhouse.engine import Run
+        from stillhouse.errors import UserError
 
+        if self.seeds < 1:
+            raise UserError(f"--seeds: expected 1 or more, got {self.seeds}")
         return Run(
             self.out,
             seed=self.seed,
@@ -95,6 +102,13 @@ class ImageOptions(Options):
             seed=self.seed,
             given=given,
         )
+
+    def open_pool(self, name: str | None, data: Data) -> Samples | None:
+        """Further inputs without labels by name, read as the data are; None where there is no name."""
+        from stillhouse.data.pools import open_pool
+
+        how: dict[str, Any] = {"image_size": self.image_size, "augment": self.augment, "skip_bad": self.skip_bad}
+        return open_pool(name, data.train, **how) if name else None
 
     def spec(self, data: Data, default: str) -> ModelSpec:
         """The network named by ``--model``, or `default`, for these data."""

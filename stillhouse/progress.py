@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 QUIET_SECONDS = 30.0
@@ -70,3 +72,22 @@ def facts(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     return " ".join(f"{k} {v:.3f}" for k, v in rows[-1].items() if isinstance(v, float) and k != "epoch")
+
+
+@contextmanager
+def without_bars(*libraries: Any) -> Iterator[None]:
+    """Without the progress bars of diffusers or transformers, which would stand between the lines of a run.
+
+    Args:
+        libraries: the modules themselves.
+    """
+    loggers = [library.utils.logging for library in libraries]
+    were = [log.is_progress_bar_enabled() for log in loggers]
+    for log in loggers:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, was in zip(loggers, were, strict=True):
+            if was:
+                log.enable_progress_bar()

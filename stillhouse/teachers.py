@@ -21,6 +21,7 @@ from stillhouse.system import Batch, Clock, Schedule, Signals, Teacher, fold, ma
 from stillhouse.taps import tap
 
 Normalisation = tuple[abc.Sequence[float], abc.Sequence[float], abc.Sequence[float], abc.Sequence[float]]
+_LOGITS = ("logits", "mean_logits")
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -126,6 +127,11 @@ class Frozen:
         self._kept = state_fingerprint(self._model, buffers=False) if batch_statistics else self._weights
 
     @property
+    def model(self) -> nn.Module:
+        """The network, to look at: its weights are a teacher's and stay as they are."""
+        return self._model
+
+    @property
     def fingerprint(self) -> str:
         """Of the weights at construction and of everything else that shapes the answer."""
         settings = (self._input, self._normalize, self._resize, self._precision)
@@ -136,8 +142,12 @@ class Frozen:
         """Whether every parameter and buffer (with `batch_statistics`: every parameter) has the bytes it had."""
         return state_fingerprint(self._model, buffers=not self._batch_statistics) == self._kept
 
+    def read(self, batch: Batch) -> Any:
+        """What the network is given of a batch: its own key, in its own normalisation and size."""
+        return map_tensors(_input(batch, self._input, "Frozen teacher"), self._prepare)
+
     def __call__(self, batch: Batch) -> Signals:
-        x = map_tensors(_input(batch, self._input, "Frozen teacher"), self._prepare)
+        x = self.read(batch)
         first = next(walk(x))
         weight = next(chain(self._model.parameters(), self._model.buffers()), None)
         if weight is not None and weight.device != first.device:
@@ -170,7 +180,7 @@ class Ensemble:
     The answer's ``logits`` are the average chosen; ``mean_logits`` are Σ_k w_k z_k in both cases.
 
     Args:
-        teachers: at least one; only their logits are used.
+        teachers: at least one. Features of the k-th are answered as ``K/PATH``, counted from 1.
         weights: one per teacher, not negative; divided by their sum. None weighs equally.
         average: what is averaged.
 
@@ -207,15 +217,17 @@ class Ensemble:
         return all(t.unchanged() for t in self._teachers if hasattr(t, "unchanged"))
 
     def __call__(self, batch: Batch) -> Signals:
-        z = [t(batch)["logits"] for t in self._teachers]
+        said = [t(batch) for t in self._teachers]
+        z = [s["logits"] for s in said]
+        features = {f"{k}/{p}": f for k, s in enumerate(said, 1) for p, f in s.items() if p not in _LOGITS}
         if len({tuple(t.shape) for t in z}) > 1:
             raise UserError(f"Ensemble: logits of one shape needed, got {[tuple(t.shape) for t in z]}")
         mean = torch.stack([w * t for w, t in zip(self._weights, z)]).sum(0).detach()
         if self._average == "logits":
-            return Signals(logits=mean, mean_logits=mean)
+            return Signals({**features, "logits": mean, "mean_logits": mean})
         logs = torch.stack([t.log_softmax(-1) for t in z])
         w = logs.new_tensor(self._weights).log().view(-1, *[1] * (logs.dim() - 1))
-        return Signals(logits=(logs + w).logsumexp(0).detach(), mean_logits=mean)
+        return Signals({**features, "logits": (logs + w).logsumexp(0).detach(), "mean_logits": mean})
 
 
 class Asked(nn.Module):

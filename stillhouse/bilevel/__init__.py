@@ -5,7 +5,7 @@ inner loss depends on in any way; `unrolled` for many steps.
 """
 
 from stillhouse.bilevel.mixed import along, mixed, step
-from stillhouse.bilevel.one_step import Hypergradient, one_step
+from stillhouse.bilevel.one_step import Hypergradient, one_step, own_precision
 from stillhouse.bilevel.unrolled import unrolled
 
-__all__ = ["Hypergradient", "along", "mixed", "one_step", "step", "unrolled"]
+__all__ = ["Hypergradient", "along", "mixed", "one_step", "own_precision", "step", "unrolled"]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stillhouse.bilevel.one_step import Params, _differentiable_attention, _grads, _leaves, _plain
+from stillhouse.bilevel.one_step import Params, _differentiable_attention, _grads, _leaves, own_precision
 from stillhouse.errors import UserError
 
 
@@ -53,7 +53,7 @@ def mixed(
         [24.0]
     """
     theta, v = {k: p.detach() for k, p in inner.items()}, [direction[k].detach() for k in inner]
-    with _plain(next(iter(theta.values())).device.type), _differentiable_attention():
+    with own_precision(next(iter(theta.values())).device.type), _differentiable_attention():
         if mode == "autograd":
             there, phi = _leaves(theta), _leaves(outer)
             value = loss(there, phi)
@@ -93,7 +93,7 @@ def along(values: Callable[[Params], Tensor], params: Mapping[str, Tensor], dire
     """
     theta = {k: p.detach() for k, p in params.items()}
     v = {k: direction[k].detach() for k in theta}
-    with _plain(next(iter(theta.values())).device.type), _differentiable_attention():
+    with own_precision(next(iter(theta.values())).device.type), _differentiable_attention():
         return torch.func.jvp(values, (theta,), (v,))[1].detach()
 
 

@@ -95,7 +95,7 @@ def one_step(
     factors = [scale.get(k, 1.0) for k in names]
     inner_mean = inner_mean or all_mean
 
-    with _plain(next(iter(theta.values())).device.type):
+    with own_precision(next(iter(theta.values())).device.type):
         if at == "after":
             inner = _leaves(theta)
             out = predict(inner)
@@ -193,7 +193,7 @@ def _grads(value: Tensor, inputs: list[Tensor], keep: bool = False) -> list[Tens
 
 
 @contextlib.contextmanager
-def _plain(device: str) -> Iterator[None]:
+def own_precision(device: str) -> Iterator[None]:
     """Eager and in the parameters' own precision: neither compiled modules nor autocast support forward mode.
 
     Half precision would also be too coarse for differences and inner products of small gradients.

@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from stillhouse.bilevel.one_step import Params, _differentiable_attention, _plain
+from stillhouse.bilevel.one_step import Params, _differentiable_attention, own_precision
 from stillhouse.system import fold
 
 Inner = Callable[..., Tensor]
@@ -245,5 +245,5 @@ def _add(total: list[Tensor], more: Sequence[Tensor | None]) -> list[Tensor]:
 def _alone(device: torch.device) -> Iterator[None]:
     """Eager, in the tensors' own precision, and leaving the state of torch's generators as it was."""
     mine = [device] if device.type == "cuda" else []
-    with _plain(device.type), _differentiable_attention(), torch.random.fork_rng(devices=mine):
+    with own_precision(device.type), _differentiable_attention(), torch.random.fork_rng(devices=mine):
         yield

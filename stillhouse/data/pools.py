@@ -268,13 +268,15 @@ def unknowns(ratio: float, known: int) -> int:
     return math.ceil(round(ratio * known / (1 - ratio), 9))  # 0.6·200/0.4 is 300.00000000000006
 
 
-def open_pool(name: str, like: Samples, *, image_size: int | None = None, augment: str | None = None) -> Unlabelled:
+def open_pool(
+    name: str, like: Samples, *, image_size: int | None = None, augment: str | None = None, skip_bad: bool = False
+) -> Unlabelled:
     """A user's unlabelled inputs: a folder of image files at any depth, or data by name, whose labels are not read.
 
     Args:
         name: ``folder:PATH``, or what `stillhouse.data.load` takes (its training part is used).
         like: the labelled samples it goes with, for size and normalisation.
-        augment: of the files.
+        augment: of the files. skip_bad: leave out images that cannot be read, instead of stopping.
 
     Raises:
         UserError: nothing there, or inputs of another shape.
@@ -285,12 +287,12 @@ def open_pool(name: str, like: Samples, *, image_size: int | None = None, augmen
         files, size = images_in(folder), like.shape[-1]
         if not files:
             raise UserError(f"{folder} holds no images to take as a pool")
-        normal = {k: getattr(like, k) for k in ("mean", "std")}
+        normal: dict[str, Any] = {k: getattr(like, k, None) for k in ("mean", "std")}
         normal = normal if all(v is not None and len(v) == 3 for v in normal.values()) else {}
-        how = augment or "resized-crop-flip"
-        parent: Samples = Images(files, np.zeros(len(files)), ["–"], image_size=size, augment=how, **normal)
+        normal |= {"image_size": size, "augment": augment or "resized-crop-flip", "skip_bad": skip_bad}
+        parent: Samples = Images(files, np.zeros(len(files)), ["–"], **normal)
     else:
-        parent = load(name, image_size=image_size, augment=augment).train
+        parent = load(name, image_size=image_size, augment=augment, skip_bad=skip_bad).train
     if parent.shape != like.shape:
         raise UserError(f"the pool {name} has inputs of shape {parent.shape}, the labelled data {like.shape}")
     return Unlabelled(parent)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from stillhouse.diffusion.denoiser import Condition, Denoiser
 from stillhouse.errors import UserError
 from stillhouse.files import read_json
 from stillhouse.models import import_library, import_object
+from stillhouse.progress import without_bars
 from stillhouse.system import map_tensors
 
 
@@ -210,25 +210,10 @@ def _from_folder(name: str) -> tuple[Any, Any, dict[str, Any]]:
     return made[0], made[1], {}
 
 
-@contextmanager
-def _no_bars(diffusers: Any) -> Iterator[None]:
-    """Without the progress bars of diffusers and transformers, which would stand between the lines of a run."""
-    loggers = [diffusers.utils.logging, import_library("transformers").utils.logging]
-    were = [log.is_progress_bar_enabled() for log in loggers]
-    for log in loggers:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, was in zip(loggers, were, strict=True):
-            if was:
-                log.enable_progress_bar()
-
-
 def _from_pipeline(name: str) -> tuple[Any, Any, dict[str, Any]]:
     diffusers = import_library("diffusers")
     try:
-        with _no_bars(diffusers):
+        with without_bars(diffusers, import_library("transformers")):
             pipe = diffusers.DiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(

@@ -39,6 +39,7 @@ from stillhouse.objectives.logits import (
     soft_cross_entropy,
     standardise,
     symmetric_kl,
+    unit,
     upcast,
 )
 from stillhouse.objectives.ranking import plackett_luce, shortlist
@@ -110,6 +111,7 @@ __all__ = [
     "token_cross_entropy",
     "token_mean",
     "tokens_per_sequence",
+    "unit",
     "upcast",
     "variational",
     "where_agreed",

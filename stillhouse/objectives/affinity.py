@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stillhouse.errors import UserError
-from stillhouse.objectives.logits import cross_entropy, soft_cross_entropy, upcast
+from stillhouse.objectives.logits import cross_entropy, soft_cross_entropy, unit, upcast
 
 
 def affinity(image: Tensor, text: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -31,7 +30,7 @@ def affinity(image: Tensor, text: Tensor, scale: float | Tensor = 1.0) -> Tensor
             f"affinity: images {tuple(image.shape)} and texts {tuple(text.shape)} must be (n, E) and (m, E) of one "
             "space; put a projection on one of them"
         )
-    return scale * F.normalize(upcast(image), dim=1) @ F.normalize(upcast(text), dim=1).mT
+    return scale * unit(upcast(image)) @ unit(upcast(text)).mT
 
 
 def affinity_mimicking(teacher: Tensor, student: Tensor, detach_teacher: bool = True) -> Tensor:

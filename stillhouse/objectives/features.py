@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
-from stillhouse.objectives.logits import upcast
+from stillhouse.objectives.logits import unit, upcast
 
 
 def _pair(teacher: Tensor, student: Tensor, detach_teacher: bool, where: str) -> tuple[Tensor, Tensor]:
@@ -37,6 +37,8 @@ def mse(teacher: Tensor, student: Tensor, detach_teacher: bool = True) -> Tensor
 def cosine(teacher: Tensor, student: Tensor, detach_teacher: bool = True) -> Tensor:
     """1 − ⟨t, s⟩ / (‖t‖ ‖s‖) per sample, on flattened features: 0 for equal directions, 2 for opposite ones.
 
+    1, without gradient, where a side is zero.
+
     Args:
         teacher, student: (n, …) of one shape.
         detach_teacher: no gradient to the teacher.
@@ -45,7 +47,9 @@ def cosine(teacher: Tensor, student: Tensor, detach_teacher: bool = True) -> Ten
         (n,).
     """
     t, s = _pair(teacher, student, detach_teacher, "cosine")
-    return 1 - F.cosine_similarity(t, s, dim=1)
+    zero = (s == 0).all(1)
+    value = F.cosine_similarity(t, torch.where(zero.unsqueeze(1), 1.0, s), dim=1)
+    return 1 - value.masked_fill(zero, 0.0)
 
 
 def smooth_l1(teacher: Tensor, student: Tensor, beta: float = 1.0, detach_teacher: bool = True) -> Tensor:
@@ -132,7 +136,7 @@ def neuron_selectivity(teacher: Tensor, student: Tensor, detach_teacher: bool = 
     """
     _same_positions(teacher, student, "neuron_selectivity")
     teacher = teacher.detach() if detach_teacher else teacher
-    t, s = (F.normalize(upcast(f).flatten(2), dim=2) for f in (teacher, student))
+    t, s = (unit(upcast(f).flatten(2)) for f in (teacher, student))
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.mT).square().mean((1, 2))
@@ -171,7 +175,7 @@ def attention_transfer(teacher: Tensor, student: Tensor, p: int = 2, detach_teac
 
     Args:
         teacher, student: (n, C, H, W); the numbers of channels may differ, the positions must not.
-        p: power of the activation.
+        p: power of the activation, ≥ 1.
         detach_teacher: no gradient to the teacher.
 
     Returns:
@@ -186,8 +190,10 @@ def attention_transfer(teacher: Tensor, student: Tensor, p: int = 2, detach_teac
             f"attention_transfer: teacher {tuple(teacher.shape)} and student {tuple(student.shape)} must be "
             "(n, C, H, W) with the same n, H, W; resize one of them"
         )
+    if p < 1:
+        raise UserError(f"attention_transfer: p must be at least 1, got {p}; a smaller power has no gradient at 0")
     teacher = teacher.detach() if detach_teacher else teacher
-    t, s = (F.normalize(upcast(f).abs().pow(p).sum(1).flatten(1), dim=1) for f in (teacher, student))
+    t, s = (unit(upcast(f).abs().pow(p).sum(1).flatten(1)) for f in (teacher, student))
     return (t - s).square().sum(1)
 
 

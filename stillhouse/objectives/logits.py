@@ -20,12 +20,30 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def unit(x: Tensor, dim: int = -1, eps: float = 1e-12) -> Tensor:
+    """x / max(‖x‖, eps) along `dim`; zero vectors stay zero and get no gradient, where 1/eps times it would be wrong.
+
+    Example:
+        >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    zero = (x == 0).all(dim, keepdim=True)
+    return F.normalize(torch.where(zero, 1.0, x), dim=dim, eps=eps).masked_fill(zero, 0.0)
+
+
 def _same_shape(teacher: Tensor, student: Tensor, where: str) -> None:
     if teacher.shape != student.shape:
         raise UserError(
             f"{where}: teacher {tuple(teacher.shape)} and student {tuple(student.shape)} differ in "
             "shape; check the number of classes of both"
         )
+
+
+def _marked(target: Tensor, logits: Tensor) -> Tensor:
+    """Where the label stands, (n, C)."""
+    y = target.argmax(-1) if target.is_floating_point() else target
+    return F.one_hot(y, logits.shape[-1]).bool()
 
 
 def _peers(z: Tensor, where: str, least: int = 1) -> Tensor:
@@ -138,6 +156,8 @@ def jensen_shannon(
     Other arguments and result as for `kl`.
     """
     _same_shape(teacher_logits, student_logits, "jensen_shannon")
+    if not 0 < beta < 1:
+        raise UserError(f"jensen_shannon: beta must lie between 0 and 1, got {beta}; the ends are kl and reverse_kl")
     teacher = teacher_logits.detach() if detach_teacher else teacher_logits
     log_p = F.log_softmax(upcast(teacher) / T, -1)
     log_q = F.log_softmax(upcast(student_logits) / T, -1)
@@ -161,7 +181,8 @@ def decoupled_kl(
     teacher's probability of the others it is `kl`; a constant β keeps that part alive where the teacher is sure.
 
     Args:
-        teacher_logits, student_logits: (n, C), C ≥ 2. target: (n,) class indices.
+        teacher_logits, student_logits: (n, C), C ≥ 2.
+        target: (n,) class indices, or probabilities (n, C), whose largest is the label.
         T: temperature. alpha, beta: weights of the two parts.
         detach_teacher: no gradient to the teacher's logits.
 
@@ -170,7 +191,7 @@ def decoupled_kl(
     """
     _same_shape(teacher_logits, student_logits, "decoupled_kl")
     teacher = teacher_logits.detach() if detach_teacher else teacher_logits
-    label = F.one_hot(target, teacher.shape[-1]).bool()
+    label = _marked(target, teacher)
 
     def parts(z: Tensor) -> tuple[Tensor, Tensor]:
         log_p = F.log_softmax(upcast(z) / T, -1)
@@ -213,8 +234,7 @@ def normalised_kd(
     """
     _same_shape(teacher_logits, student_logits, "normalised_kd")
     teacher, student = upcast(teacher_logits.detach() if detach_teacher else teacher_logits), upcast(student_logits)
-    y = target.argmax(-1) if target.is_floating_point() else target
-    label = F.one_hot(y, teacher.shape[-1]).bool()
+    label = _marked(target, teacher)
     own = F.softmax(teacher, -1)[label] * F.log_softmax(student, -1)[label]
     among = [F.log_softmax((z / T).masked_fill(label, -math.inf), -1) for z in (teacher, student)]
     others = (among[0].exp() * among[1].masked_fill(label, 0.0)).sum(-1)
@@ -225,7 +245,7 @@ def standardise(logits: Tensor, eps: float = 1e-7) -> Tensor:
     """(z − mean_c z) / (std_c z + eps): logits of mean 0 and spread 1 (logit standardisation, arXiv 2403.01427).
 
     Put both sides of any loss on logits through it, and the student need not match their size, only their shape. The
-    standard deviation has C−1 below, as in the authors' code.
+    standard deviation has C−1 below, as in the authors' code. Logits that are all equal get a gradient of 1/eps: clip.
 
     Example:
         >>> standardise(torch.tensor([[1.0, 2.0, 3.0]]))
@@ -263,7 +283,7 @@ def dist(
 
 
 def pearson(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
-    """Pearson's correlation of the rows of a and b, (n, d) → (n,); 0 where a row is constant."""
+    """Pearson's correlation of the rows of a and b, (n, d) → (n,); 0 where a row is constant, with gradient 1/eps."""
     return F.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1, eps=eps)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stillhouse.errors import UserError
-from stillhouse.objectives.logits import upcast
+from stillhouse.objectives.logits import unit, upcast
 
 
 def _rows(teacher: Tensor, student: Tensor, detach_teacher: bool, where: str) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,8 @@ def relative_distance(teacher: Tensor, student: Tensor, detach_teacher: bool = T
     """mean_j huber(d_t(i,j)/d̄_t − d_s(i,j)/d̄_s) per anchor i (RKD-D, arXiv 1904.05068).
 
     d are Euclidean distances, d̄ their mean over pairs i ≠ j; huber with threshold 1. The mean over j has n below,
-    the diagonal's zero included, as in the authors' code.
+    the diagonal's zero included, as in the authors' code. Samples that coincide have distance 0 and get no gradient
+    from one another; without any distance, as in a batch of one, they stay 0.
 
     Args:
         teacher, student: (n, …); widths may differ.
@@ -39,10 +40,12 @@ def relative_distance(teacher: Tensor, student: Tensor, detach_teacher: bool = T
     t, s = _rows(teacher, student, detach_teacher, "relative_distance")
 
     def distances(x: Tensor) -> Tensor:
+        x = x - x.mean(0)  # what all samples share would cancel below only up to rounding
         square = x.square().sum(1)
-        d = (square[:, None] + square - 2 * x @ x.T).clamp_min(1e-12).sqrt()
-        d = d * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
-        return d / d[d > 0].mean()
+        square = square[:, None] + square - 2 * x @ x.T
+        apart = (square > 1e-12) & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+        d = torch.where(apart, square, 1.0).sqrt() * apart
+        return d / (d.sum() / apart.sum().clamp_min(1)).clamp_min(torch.finfo(d.dtype).tiny)
 
     return F.smooth_l1_loss(distances(s), distances(t), reduction="none").mean(1)
 
@@ -55,7 +58,7 @@ def relative_angle(teacher: Tensor, student: Tensor, detach_teacher: bool = True
     t, s = _rows(teacher, student, detach_teacher, "relative_angle")
 
     def angles(x: Tensor) -> Tensor:
-        edges = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
+        edges = unit(x.unsqueeze(0) - x.unsqueeze(1))
         return edges @ edges.mT
 
     return F.smooth_l1_loss(angles(s), angles(t), reduction="none").mean((1, 2))
@@ -77,8 +80,8 @@ def probabilistic(teacher: Tensor, student: Tensor, detach_teacher: bool = True,
     t, s = _rows(teacher, student, detach_teacher, "probabilistic")
 
     def neighbours(x: Tensor) -> Tensor:
-        unit = F.normalize(x, dim=1, eps=eps)
-        near = (unit @ unit.T + 1) / 2
+        u = unit(x, eps=eps)
+        near = (u @ u.T + 1) / 2
         return near / near.sum(1, keepdim=True)
 
     p, q = neighbours(t), neighbours(s)
@@ -122,7 +125,7 @@ def contrastive(teacher: Tensor, student: Tensor, T: float = 0.1, detach_teacher
     t, s = _rows(teacher, student, detach_teacher, "contrastive")
     if t.shape != s.shape:
         raise UserError(f"contrastive: widths {t.shape[1]} and {s.shape[1]} differ; put a projector on one of them")
-    scores = F.normalize(s, dim=1) @ F.normalize(t, dim=1).T / T
+    scores = unit(s) @ unit(t).T / T
     return F.cross_entropy(scores, torch.arange(len(t), device=t.device), reduction="none")
 
 
@@ -147,7 +150,7 @@ def nt_xent(a: Tensor, b: Tensor, T: float = 0.5) -> Tensor:
     """
     if a.shape != b.shape or a.dim() != 2 or len(a) < 2:
         raise UserError(f"nt_xent: needs two views (n, d) of n >= 2 samples, got {tuple(a.shape)} and {tuple(b.shape)}")
-    n, z = len(a), F.normalize(upcast(torch.cat([a, b])), dim=1)
+    n, z = len(a), unit(upcast(torch.cat([a, b])))
     scores = (z @ z.T / T).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), float("-inf"))
     right = torch.arange(2 * n, device=z.device).roll(n)
     return F.cross_entropy(scores, right, reduction="none").view(2, n).mean(0)

@@ -14,13 +14,14 @@ UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
 def parse_size(text: str) -> float | None:
-    """A number of parameters: ``7B``, ``6.7e9``, ``124M``, ``60_000``; None where the text is something else.
+    """A number of parameters: ``7B``, ``6.7e9``, ``124M``, ``60_000`` or ``60,000``; else None, also of ``1,5B``.
 
     Example:
         >>> parse_size("7B"), parse_size("6.7e9"), parse_size("60_000"), parse_size("timm:resnet18")
         (7000000000.0, 6700000000.0, 60000.0, None)
     """
-    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|\.[0-9]+)\s*([kmbt]?)", text.strip().lower())
+    whole = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:_[0-9]+)*"  # a comma stands between thousands, or is no such comma
+    found = re.fullmatch(rf"((?:{whole})(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|\.[0-9]+)\s*([kmbt]?)", text.strip().lower())
     return float(re.sub("[_,]", "", found[1])) * UNITS[found[2]] if found else None
 
 

@@ -8,12 +8,13 @@ from stillhouse.errors import UserError, did_you_mean
 
 
 def _is_list(module: nn.Module) -> bool:
-    """Whether a module holds nothing but composed modules of one class."""
+    """Whether a module holds nothing but composed modules of one class; a layer with a part of its own is none."""
     blocks = list(module.children())
     return (
         isinstance(module, nn.ModuleList | nn.Sequential)
         and bool(blocks)
         and len({type(b) for b in blocks}) == 1
+        and not isinstance(blocks[0], nn.Linear | nn.Conv2d)
         and all(any(True for _ in b.children()) and any(True for _ in b.parameters()) for b in blocks)
     )
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from stillhouse.errors import UserError
-from stillhouse.evaluate import count_params
+from stillhouse.evaluate import call, count_params, evaluating
 from stillhouse.students.edits import Factor, full_rank, largest_paying_rank
 from stillhouse.students.parametrized import weight_layers
 from stillhouse.students.prune import Budget
+from stillhouse.system import map_tensors
 
 # Left whole, as by the released code of PELA; `classifier` is what transformers calls a head.
 ENDS = ("norm", "head", "head_dist", "classifier", "cls", "patch_embed", "downsample")
@@ -77,6 +79,30 @@ def choose(
     if not chosen:
         raise UserError(f"{type(model).__name__} has no linear layer left to factorise; give --modules or fewer --skip")
     return chosen
+
+
+@torch.no_grad()
+def try_pairs(model: nn.Module, paths: Sequence[str], inputs: Any) -> None:
+    """Runs a copy of the network with two layers, of rank 1, in place of each of these.
+
+    Raises:
+        UserError: some module reads the weight of such a layer itself.
+    """
+    trial, device = copy.deepcopy(model), next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        for path in paths:
+            rows, columns = full_rank(trial.get_submodule(path))  # type: ignore[arg-type]
+            like: dict[str, Any] = {"device": device, "dtype": trial.get_submodule(path).weight.dtype}
+            pair = nn.Sequential(nn.Linear(columns, 1, bias=False, **like), nn.Linear(1, rows, **like))
+            trial.set_submodule(path, pair)
+    try:
+        with evaluating(trial):
+            call(trial, map_tensors(inputs, lambda t: t.to(device)))
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"{type(model).__name__} does not run with two layers in place of one ({error}): some module reads a "
+            "layer's weight itself; --skip that layer"
+        ) from None
 
 
 def _why(model: nn.Module, path: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stillhouse.errors import UserError, did_you_mean
+from stillhouse.students.dictionary import Mix
 from stillhouse.students.edits import Edit, Pack
 from stillhouse.students.packing import PARTS, Code, grouped, groups, nearest, ungrouped, whole_points
 from stillhouse.students.patterns import Pattern
@@ -305,6 +306,9 @@ def parametrize_weights(
     Returns:
         The paths that have one now.
 
+    Raises:
+        UserError: a weight that is a mix from a dictionary which other layers share.
+
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 2))
         >>> parametrize_weights(net, ["0"], lambda path, layer: NM(2, 4)), int((net[0].weight != 0).sum())
@@ -313,10 +317,16 @@ def parametrize_weights(
     done = []
     for path in layers:
         layer = model.get_submodule(path)
-        projector = make(path, layer)
-        if projector is not None:
-            parametrize.register_parametrization(layer, weight_name(layer), projector)
-            done.append(path)
+        projector, name = make(path, layer), weight_name(layer)
+        if projector is None:
+            continue
+        if parametrize.is_parametrized(layer, name) and isinstance(layer.parametrizations[name][0], Mix):  # type: ignore[index]
+            raise UserError(
+                f"{path}: its weight is a mix from a dictionary that other layers share; leave it out, or give the "
+                "network before it was shared"
+            )
+        parametrize.register_parametrization(layer, name, projector)
+        done.append(path)
     return done
 
 
@@ -344,8 +354,11 @@ def _off(layer: nn.Module, keep_values: bool) -> None:
 
 
 @torch.no_grad()
-def bake(model: nn.Module) -> list[Edit]:
+def bake(model: nn.Module, layers: Sequence[str] | None = None) -> list[Edit]:
     """Puts the projected values in place of the weights, in place: plain layers that compute the same.
+
+    Args:
+        layers: paths of these alone; None takes all that have projectors.
 
     Returns:
         The edits with which a plan stores what the projectors left: codes where the last one is a `Quantizer`, float16
@@ -360,7 +373,7 @@ def bake(model: nn.Module) -> list[Edit]:
         [{'module': '0', 'bits': 4, 'group': 0}]
     """
     edits: list[Edit] = []
-    for path, layer, chain in list(projectors(model)):
+    for path, layer, chain in [p for p in projectors(model) if layers is None or p[0] in layers]:
         code, made = None, list(chain.eval())  # what draws in training does not in the end
         if hasattr(made[-1], "baked"):
             kept = [p.detach() for n, p in chain.named_parameters(recurse=False) if n.startswith("original")]

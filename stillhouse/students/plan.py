@@ -74,7 +74,16 @@ class Plan:
 
         Channels kept of kept channels become one cut of the base; a weight that is packed again is stored in the last
         way alone.
+
+        Raises:
+            UserError: a layer is changed behind its packing, whose codes and scales would not fit it any more.
         """
+        for edit in (e for e in edits if isinstance(e, Keep | Factor | Depth | Remove)):
+            if late := next((p for p in self.edits if isinstance(p, Pack) and _inside(p.module, edit.module)), None):
+                raise UserError(
+                    f"{late.module}: its weights are packed, and then the layer is changed; go on from plain weights: "
+                    "network, plan = stillhouse.students.plan.unpacked(network, plan)"
+                )
         end = len(self.edits)
         while end and isinstance(self.edits[end - 1], Keep):
             end -= 1
@@ -215,6 +224,10 @@ def unpacked(network: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
         for part in edit.parts:
             del layer._buffers[part]
     return network, replace(plan, edits=tuple(e for e in plan.edits if not isinstance(e, Pack)))
+
+
+def _inside(path: str, of: str) -> bool:
+    return path == of or not of or path.startswith(f"{of}.")
 
 
 def _joined(before: Sequence[Keep], after: Sequence[Keep]) -> list[Keep]:

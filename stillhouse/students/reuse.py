@@ -85,7 +85,10 @@ def reuse_head(
         (torch.Size([2, 3]), ('projector', '2:in'))
     """
     found = []
-    for who, model, x in (("student", student, inputs), ("teacher", teacher, teacher_inputs or inputs)):
+    for who, model, x in (
+        ("student", student, inputs),
+        ("teacher", teacher, inputs if teacher_inputs is None else teacher_inputs),
+    ):
         with evaluating(model):
             at = ends(model, x)
             with torch.no_grad(), tap(model, at.features) as features:

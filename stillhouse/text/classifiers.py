@@ -72,7 +72,7 @@ def bert_spec(
 
 
 def hub_classifier(
-    name: str, classes: int, length: int = 128, *, pretrained: bool = True
+    name: str, classes: int, length: int = 128, *, pretrained: bool = True, trained: bool = False
 ) -> tuple[ModelSpec, nn.Module]:
     """A sequence classifier of transformers, by its name on the hub or its folder.
 
@@ -81,6 +81,7 @@ def hub_classifier(
         classes: outputs; a pretrained model with another number gets a fresh head.
         length: most tokens of a sentence, for the record.
         pretrained: with its weights; else its configuration alone, with fresh ones.
+        trained: refuse one whose weights are not all there, or are for other classes, as a teacher's must be.
 
     Returns:
         How to build its structure again, and the model in eval mode.
@@ -91,14 +92,22 @@ def hub_classifier(
     transformers = import_library("transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
+        if config.num_labels != classes and trained:
+            raise UserError(f"hf:{name} gives {config.num_labels} classes, the data have {classes}")
         if config.num_labels != classes:
             config.num_labels = classes
         kind = transformers.AutoModelForSequenceClassification
         if pretrained:
-            model = kind.from_pretrained(name, config=config, ignore_mismatched_sizes=True, use_safetensors=True)
+            how = {"config": config, "use_safetensors": True, "output_loading_info": True}
+            model, found = kind.from_pretrained(name, ignore_mismatched_sizes=True, **how)
+            if trained and found["missing_keys"]:
+                first = min(found["missing_keys"])
+                raise UserError(f"hf:{name} is no trained classifier: it has no weights for {first!r}")
         else:
             with torch.random.fork_rng(devices=[]):
                 model = kind.from_config(config)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"hf:{name} cannot be had as a classifier: {' '.join(str(error).split())[:200]}") from None
     longest = getattr(config, "max_position_embeddings", None)

@@ -25,6 +25,7 @@ from stillhouse.errors import UserError
 from stillhouse.evaluate import call, evaluating, logits_of
 from stillhouse.models import ModelSpec, import_library
 from stillhouse.outcomes import Member, Models
+from stillhouse.progress import without_bars
 from stillhouse.system import map_tensors
 from stillhouse.teachers import Frozen
 from stillhouse.text.windows import Corpus, Windows
@@ -81,7 +82,8 @@ def causal(name: str, *, pretrained: bool = True) -> tuple[ModelSpec, nn.Module]
         config.use_cache = False
         kind = transformers.AutoModelForCausalLM
         if pretrained:
-            model = kind.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32)
+            with without_bars(transformers):
+                model = kind.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32)
         else:
             with torch.random.fork_rng(devices=[]):
                 model = kind.from_config(config)

@@ -236,7 +236,13 @@ def open_pairs(spec: str, *, image_size: int | None = None, templates: Sequence[
         return pair_data(folder_pairs(listed, images), spec, limit=limit, **how)
     if Path(spec).is_dir():
         raise UserError(f"{spec} holds no captions.jsonl, captions.csv or metadata.jsonl; or folder:{spec} for classes")
-    data = load(spec, image_size=image_size, limit=limit, augment=augment, seed=seed)
+    try:
+        data = load(spec, image_size=image_size, limit=limit, augment=augment, seed=seed)
+    except UserError as error:
+        if "unknown data" not in str(error):
+            raise
+        more = "emoji-captions, a folder with captions.jsonl, hf:NAME?text=COLUMN"
+        raise UserError(f"{error}; with captions of their own: {more}") from None
     return caption_data(data, templates, **how)
 
 

@@ -440,6 +440,26 @@ def test_starts(tmp_path):
     ]
 
 
+def test_the_importance_of_a_teacher_is_found_once_for_all_sizes(tmp_path, monkeypatch):
+    from stillhouse.recipes.capacity_gap_law import recipe
+
+    asked, plain, text = [], recipe.importance_of, corpus_of(tmp_path)
+    monkeypatch.setattr(
+        recipe, "importance_of", lambda run, t, model, cfg: asked.append(model) or plain(run, t, model, cfg)
+    )
+    teachers, cfg = [decoder(double=False), decoder("gpt2", double=False)], replace(TINY, teacher_steps=0, steps=1)
+    made = distill(Run(tmp_path / "r", device="cpu", quiet=True), text, teachers, replace(cfg, sizes=("3k", "2500")))
+    assert asked == teachers and len(made) == 4
+    alone = prune(
+        Run(tmp_path / "r", device="cpu", quiet=True),
+        text,
+        Member("t0", teachers[0], spec=made["3k-of-t0"].spec),
+        cfg,
+        2500,
+    )
+    assert alone.plan == made["2.5k-of-t0"].plan
+
+
 def test_students_export(tmp_path):
     teacher = decoder(double=False, num_hidden_layers=1)
     plan, _ = plan_of_size(teacher, drawn(teacher), 0.6 * count_params(teacher), multiple=2)
@@ -489,6 +509,8 @@ def test_the_law_of_pilots():
     assert law is None and "of 3 tried 2 have" in why
     law, why = law_of(pilots(sizes=(10.0, 200.0, 400.0)), "all")
     assert law is None and why.startswith("students of 10: not bracketed")
+    twins = [replace(p, teacher="other", loss=p.loss + 1) for p in pilots()]  # of each size another teacher
+    assert law_of(pilots() + twins, "all")[0] == law_of(twins + pilots(), "all")[0]
     down = pilots(sizes=(50.0, 100.0, 150.0))  # the best teachers: 600, 500, 400
     down = [replace(p, loss=math.log(p.teacher_size / (700 - 2 * p.asked)) ** 2) for p in down]
     assert law_of(down, "all")[0] is None and "do not grow" in law_of(down, "all")[1]
@@ -520,9 +542,10 @@ def said(capsys, *argv, code=0):
 
 
 def test_sizes_by_number_and_by_name(tmp_path):
-    assert [parse_size(t) for t in ("7B", "6.7e9", "124m", "60_000", "1,5", "1.5k", "x", "")] == [
-        7e9, 6.7e9, 124e6, 60000, 15, 1500, None, None,
+    assert [parse_size(t) for t in ("7B", "6.7e9", "124m", "60_000", "60,000", "1.5k")] == [
+        7e9, 6.7e9, 124e6, 60000, 60000, 1500
     ]  # fmt: skip
+    assert [parse_size(t) for t in ("1,5B", "1,50", "12_", "x", "")] == [None] * 5  # half a comma is no thousand
     model = decoder(double=False)
     model.save_pretrained(tmp_path / "hub")
     assert size_of(f"hf:{tmp_path / 'hub'}") == count_params(model)
@@ -589,30 +612,20 @@ def test_own_teachers_and_text_by_command(tmp_path, monkeypatch, capsys):
     hub = ModelSpec("transformers:GPT2LMHeadModel", V, (T,), options={**GPT2, "vocab_size": text.vocabulary}).build()
     hub.save_pretrained(tmp_path / "hub")
     text.tokenizer.save_pretrained(tmp_path / "hub")
-    short = [
-        "--data",
-        "mine.txt",
-        "--length",
-        "8",
-        "--steps",
-        "2",
-        "--batch",
-        "4",
-        "--multiple",
-        "1",
-        "--calibration",
-        "1",
-    ]
+    short = ["--data", "mine.txt", "--length", "8", "--steps", "2", "--batch", "4", "--calibration", "1"]
+    any_size = ["--multiple", "1", "--sizes"]
     run = ["run", "capacity_gap_law", *short, "--quiet", "--device", "cpu"]
-    argv = [*run, "--teacher", "gapmine:llama", "llama:24", "--heads", "2", "--layers", "1", "--sizes", "2k", "3k"]
+    argv = [*run, "--teacher", "gapmine:llama", "llama:24", "--heads", "2", "--layers", "1", *any_size, "2k", "3k"]
     assert invoke([*argv, "--out", "one"]) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "one/report.json").read_text())
-    assert [s["name"] for s in report["students"] if s["role"] == "student"] == [
-        f"{s}-of-{t}" for t in ("t5.37k", "t6.34k") for s in ("2k", "3k")
-    ] or len([s for s in report["students"] if s["role"] == "student"]) == 4
+    teachers = [s["name"].split()[1] for s in report["students"] if s["role"] == "base"]
+    assert {s["name"] for s in report["students"] if s["role"] == "student"} == {
+        f"{s}-of-{t}" for t in teachers for s in ("2k", "3k")
+    } and len(teachers) == 2
     assert any("a law needs" in n for n in report["notes"])
     students = sorted((tmp_path / "one/students").iterdir())
-    assert invoke([*run, "--model", str(students[-1]), "--sizes", "1800", "--out", "two"]) == 0, capsys.readouterr().err
+    argv = [*run, "--model", str(students[-1]), *any_size, "1800", "--out", "two"]
+    assert invoke(argv) == 0, capsys.readouterr().err
     (again,) = (tmp_path / "two/students").iterdir()
     assert count_params(stillhouse.load(again)) == pytest.approx(1800, rel=0.05)
     argv = [*run, "--teacher", "hf:hub", "--shape", "8", "2", "16", "--drop", "1", "0", "--out", "three"]
@@ -699,6 +712,10 @@ def test_mistakes_are_said_before_the_first_step(tmp_path, monkeypatch, capsys):
         (["--teacher", "llama:x"], "such as llama:96"),
         (["--teacher", "timm:resnet18"], "no language model"),
         (["--data", "nothing"], "no text of this name"),
+        (["--start", "fresh"], "--start does nothing here: the built-in experiment compares them"),
+        (["--shape", "8", "2", "8"], "bring --teacher or --model for a shape"),
+        (["--teacher", "llama:8", "--units", "random", "--calibration", "3"], "--units random reads no text"),
+        (["--teacher", "llama:8", "--teacher-lr", "1"], "--teacher-lr does nothing here"),
     ):
         assert invoke(["run", "capacity_gap_law", "--out", str(tmp_path / "bad"), *flags]) == 2, flags
         err = capsys.readouterr().err.strip()

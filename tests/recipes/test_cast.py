@@ -19,7 +19,7 @@ from stillhouse.errors import UserError
 from stillhouse.evaluate import call, logits_of
 from stillhouse.export import export
 from stillhouse.recipes.cast import AdamS, Config, distill
-from stillhouse.recipes.cast.experiment import TINY, tiny
+from stillhouse.recipes.cast.experiment import ARMS, PRESET, TINY, tiny
 from stillhouse.recipes.cast.layers import (
     Scaled,
     choose,
@@ -436,6 +436,14 @@ def test_what_is_left_open_is_derived_from_weights_and_gradients(tmp_path):
     assert found.decay == pytest.approx(10 * float(grads.mean()), rel=0.05)
 
 
+def test_the_text_and_the_teacher_share_the_loss(tmp_path):
+    """In the first step, where student and teacher are one, the log has (1 − η) CE and a divergence of 0."""
+    runs = {e: Run(tmp_path / str(e), quiet=True, device="cpu", log_every=1) for e in (0.0, 0.25)}
+    first = {e: [tiny(run, replace(TINY, teach=e)), run.log("sparse")[0]][1] for e, run in runs.items()}
+    assert first[0.25]["label"] == pytest.approx(0.75 * first[0.0]["label"], rel=1e-6) and "kd" not in first[0.0]
+    assert first[0.25]["kd"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_the_students_size_on_disk_is_the_size_claimed(tmp_path):
     models = tiny(Run(tmp_path / "run", quiet=True, device="cpu"))
     dense, sparse = models["dense"], models["sparse"]
@@ -549,6 +557,13 @@ def test_a_rate_too_small_and_another_length_at_resume(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_arms_are_what_their_names_say_whatever_is_asked_for():
+    for given in ({"method": "ste", "lr": 1e-3}, {"method": "fixed", "lr": 1e-3}, {}):
+        made = {name: replace(replace(PRESET, **given), **changes) for name, changes in ARMS.items()}
+        assert [c.method for c in made.values()] == ["cast", "fixed", "ste", "cast"]
+        assert [c.steps for c in made.values()] == [0, *[PRESET.steps] * 3]
+
+
 def test_the_command_says_what_is_missing(tmp_path, capsys):
     small = ["--limit", "3000", "--length", "8", "--device", "cpu", "--data", "python-reference"]
     for k, (flags, says) in enumerate([
@@ -557,6 +572,10 @@ def test_the_command_says_what_is_missing(tmp_path, capsys):
          "--reach 0"),
         (["--model", "bert"], "no language model"),
         (["--pattern", "5:4"], "0 < n <= m"),
+        (["--model", "llama", "--ste-decay", "1"], "--ste-decay does nothing here: it is of --method ste"),
+        (["--model", "llama", "--steps", "0", "--lr", "1"], "--lr does nothing here: --steps 0 trains nothing"),
+        (["--model", "llama", "--method", "fixed", "--lr", "1", "--refresh", "3"], "--method fixed chooses its masks"),
+        (["--model", "llama", "--dense-lr", "1"], "--dense-lr does nothing here"),
     ]):  # fmt: skip
         assert invoke(["run", "cast", *small, *flags, "--out", str(tmp_path / str(k))]) == 2
         said = capsys.readouterr().err.strip()

@@ -460,8 +460,12 @@ def test_sources_by_folder_and_by_weights(tmp_path, capsys):
         (["--per-class", "900", "--sources", "x"], ["class '0'", "900"]),
         (["--per-class", "4", "--pool", "cifr10", "--sources", "x"], ["cifar10"]),
         (["--metric", "park"], ["did you mean 'parc'"]),
+        (["--per-class", "4", "--model", "torchvision:resnet18", "--label", "1"], ["network cannot take inputs"]),
         (["--label", "2"], ["label", "0 to 1"]),
         (["--rule", "nearest", "--tune", "1", "2"], ["tune"]),
+        (["--rule", "nearest", "--power", "4"], ["--power does nothing", "--rule nearest"]),
+        (["--tune", "1", "2", "--power", "4"], ["--power does nothing", "--tune"]),
+        (["--label", "1", "--metric", "knn"], ["--metric does nothing", "--label 1"]),
     ],
     ids=lambda v: " ".join(v)[:40],
 )  # fmt: skip
@@ -471,12 +475,42 @@ def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
     assert code == 2 and "\n" not in said and all(w in said for w in words), said
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [("--sources x", "--per-class"), ("--pool nowhere", "nowhere"), ("--cache x", "--per-class"),
+     ("--per-class 4", "--sources is missing")],
+)  # fmt: skip
+def test_what_the_user_brings_never_falls_to_the_built_in_experiment(flags, words, tmp_path, capsys):
+    assert invoke(["run", "distill_weighted", *flags.split(), "--quiet", "--out", str(tmp_path / "x")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_labels_alone_need_no_source(tmp_path):
+    assert invoke([*COMMON, "--per-class", "4", "--label", "1", "--out", str(tmp_path / "x")]) == 0
+
+
+def test_a_selection_is_not_taken_for_that_of_other_settings_samples_or_sources(tmp_path):
+    data, _, _ = task(0)
+    other, _, _ = task(1)
+    run, many = Run(tmp_path, device="cpu"), sources(2)
+    first = remembered(run, many, data.train, Config())
+    assert remembered(run, many, data.train, Config()).scores == first.scores
+    for args, word in (
+        ((many, data.train, Config(power=1.0)), "power"),
+        ((many, data.train, Config(tune=(1.0, 2.0))), "tune"),
+        ((many, other.train, Config()), "labelled"),
+        ((sources(2, seed=5), data.train, Config()), "sources"),
+    ):
+        with pytest.raises(UserError, match=f"made otherwise .*{word}"):
+            remembered(run, *args)
+
+
 def test_mistakes_in_python(tmp_path):
     data, pool, _ = task(0)
     run = Run(tmp_path, device="cpu", quiet=True)
     with pytest.raises(UserError, match="at least one source"):
         distill(run, data, pool, STUDENT, [], TINY)
-    with pytest.raises(UserError, match=r"student gives 3 logits.*5 classes"):
+    with pytest.raises(UserError, match=r"network gives 3 logits.*5 classes"):
         distill(run, data, pool, ModelSpec("stillhouse:mlp", 3, (1, 8, 8)), sources(), TINY)
     with pytest.raises(UserError, match="give a copy as the source"):
         net = STUDENT.build()

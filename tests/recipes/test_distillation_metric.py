@@ -591,6 +591,11 @@ def test_trained_students_are_scored_as_they_come(tmp_path, capsys):
         (["--teacher", "three.py:net"], ["three"]),
         (["--alpha", "7"], ["alpha", "[0, 1]"]),
         (["--hidden", "0"], ["hidden"]),
+        (["--model", "torchvision:resnet18"], ["cannot take inputs", "(1, 8, 8)"]),
+        (["--model", "stillhouse:mlp", "--teacher", "x"], ["--model does nothing", "--teacher"]),
+        (["--teacher", "x", "--student", "y", "--hidden", "4"], ["--hidden does nothing", "--student"]),
+        (["--teacher", "x", "--teacher-epochs", "4"], ["--teacher-epochs does nothing", "--teacher"]),
+        (["--model", "stillhouse:mlp", "--pretrained"], ["no published weights"]),
     ],
 )
 def test_bad_commands_end_with_one_line(tmp_path, capsys, flags, says):

@@ -487,6 +487,10 @@ DIGITS = ["--data", "digits", "--limit", "64", "--teacher", "stillhouse:cnn", "-
         ([*DIGITS, "--student-layers", "block9", "--layer-map", "last"], ["block9"]),
         ([*DIGITS, "--prediction", "none", "--intermediate", "none"], ["something to learn from"]),
         (["--data", "digits", *COMMON], ["--teacher is missing"]),
+        ([*DIGITS, "--intermediate", "mse", "--alpha", "0.5"], ["--alpha does nothing", "--intermediate mi, not mse"]),
+        ([*DIGITS, "--intermediate", "none", "--layer-map", "last"], ["--layer-map does nothing", "none"]),
+        ([*DIGITS, "--prediction", "none", "--temperature", "2"], ["--temperature does nothing", "--prediction none"]),
+        ([*DIGITS, "--language-model", "x"], ["--language-model does nothing", "contextual"]),
     ],
     ids=lambda v: " ".join(v)[-40:],
 )

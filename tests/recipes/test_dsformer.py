@@ -389,6 +389,15 @@ def test_a_size_too_small_names_the_smallest():
         layers_of(base, ["3"], Config(ratio=least - 0.002))
 
 
+def test_of_several_t_the_one_that_fits_counts(tmp_path):
+    """A size at which one atom with places is too much, but one without is not."""
+    base = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
+    least = [ds.stored_bytes(12, 64, 1, Blocks(16, t)) / (4 * 12 * 64) for t in (1, 16)]
+    cfg = replace(TINY, **FRESH, modules=("1",), nonzeros=(1, 16), ratio=sum(least) / 2, epochs=0.0)
+    family = distill(Run(tmp_path, quiet=True, device="cpu"), load("digits", limit=64), base, cfg)
+    assert [(b["nonzeros"], b["rank"]) for b in family.budgets] == [(16, 1)]
+
+
 # -- what it gives ------------------------------------------------------------------------------------------------
 
 
@@ -478,6 +487,10 @@ def test_any_network_with_linear_layers(tmp_path):
         (["--modules", "blocks.0.norm1"], ["LayerNorm is not supported"]),
         (["--skip", "atn"], ["no module 'atn'"]),
         (["--teacher-epochs", "0"], ["has no trained weights", "--teacher-epochs N"]),
+        (["--weight-decay", "-1"], ["weight_decay: expected a number from 0, got -1.0"]),
+        (["--method", "C", "--per-step", "2"], ["--per-step does nothing here", "--method W"]),
+        (["--method", "svd", "--nonzeros", "4"], ["--nonzeros does nothing here", "svd"]),
+        (["--kd", "0", "--temperature", "4"], ["--temperature does nothing here"]),
     ],
     ids=lambda v: " ".join(v)[:30],
 )

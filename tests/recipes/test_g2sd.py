@@ -423,6 +423,23 @@ def test_the_encoder_is_handed_over_and_the_decoder_dropped(tmp_path):
     assert export(again, torch.zeros(2, 1, 8, 8), "onnx", tmp_path / "s.onnx").max_abs_diff < 1e-4
 
 
+def test_the_specific_stage_alone_needs_no_autoencoder(tmp_path):
+    """With a teacher of one's own: the student is the one that a run with an autoencoder nobody reads gives."""
+    teacher, data = ModelSpec("stillhouse:mlp", 10, (1, 8, 8)).build(seed=1), load("digits", limit=96)
+    cfg = replace(TINY, generic="none")
+    states = []
+    for k, auto in enumerate((None, started(TEACHER, 0))):
+        run = Run(tmp_path / str(k), quiet=True, device="cpu")
+        family = distill(run, data, STUDENT, auto, cfg, teacher=teacher)
+        assert family.cost["autoencoder_params"] == 0 and not run.stage("autoencoder").exists()
+        assert family.base is teacher
+        states.append(family["student"].model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+    for changes, given in (({"generic": "features"}, teacher), ({"generic": "none"}, None)):
+        with pytest.raises(UserError, match="autoencoder: None, but its features or its fine-tuned self"):
+            distill(run, data, STUDENT, None, replace(TINY, **changes), teacher=given)
+
+
 def test_labels_alone_are_plain_training(tmp_path):
     """No stage asks a teacher: what comes out is a network trained by its labels, bit for bit."""
     data = load("digits", limit=96)
@@ -520,7 +537,7 @@ def test_what_does_not_fit_is_told_before_a_step(tmp_path):
         (plain, encoder, {}, "VisionTransformer has no distillation token"),
         (STUDENT, encoder, {"tune_epochs": 0.0}, "tune_epochs: 0 leaves no teacher"),
         (STUDENT, hub(image_size=16), {}, "made for other images than"),
-        (replace(STUDENT, classes=3), encoder, {}, "the student gives 3 logits, but digits has 10 classes"),
+        (replace(STUDENT, classes=3), encoder, {}, "gives 3 logits, but digits has 10 classes"),
         (replace(STUDENT, shape=(1, 16, 16)), encoder, {}, "made for other images than"),
     ]
     for student, auto, changes, says in cases:
@@ -540,6 +557,13 @@ def test_what_does_not_fit_is_told_before_a_step(tmp_path):
         (["--autoencoder", "hf:/nowhere"], "cannot be had as a ViTMAEForPreTraining"),
         (["--data", "digits", "--arms", "--model", DEIT], "--arms compares networks"),
         (["--mask", "2"], "mask: expected a number"),
+        (["--data", "digits", "--autoencoder", "hf:x", "--teacher-lr", "1"], "--teacher-lr does nothing here"),
+        (["--data", "digits", "--generic", "pixels", "--beta", "1"], "--beta does nothing here: --generic pixels"),
+        (["--data", "digits", "--specific", "nkd", "--hard", "0.3"], "--hard does nothing here: --specific nkd"),
+        (
+            ["--data", "digits", "--generic", "none", "--teacher", "stillhouse:cnn", "--autoencoder", "hf:x"],
+            "--autoencoder does nothing here: no stage reads the autoencoder",
+        ),
     ],
 )
 def test_the_command_says_what_is_wrong(flags, says, tmp_path, capsys):

@@ -643,6 +643,9 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch, capsys):
         (["--teacher-epochs", "1", "--compare", "blocks.9"], ["no module 'blocks.9'"]),
         (["--teacher-epochs", "1", "--exclude", "*"], ["there are no layers"]),
         (["--model", "stillhouse:mlp", "--teacher-epochs", "1"], ["no list of blocks"]),
+        (["--quantized-lr", "-1"], ["quantized_lr: expected a number from 0, got -1.0"]),
+        (["--gamma", "0", "--weighting", "share"], ["--weighting does nothing here", "--gamma 0"]),
+        (["--include", "blocks.0", "--head"], ["--head does nothing here"]),
         (["--teacher-epochs", "1", "--include", "norm"], ["norm: LayerNorm is not supported"]),
     ],
     ids=lambda v: " ".join(v)[:40],
@@ -652,6 +655,15 @@ def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
     code = invoke(["run", "gpusq_vit", *common, *flags])
     said = capsys.readouterr().err.strip()
     assert code == 2 and "\n" not in said and all(w in said for w in words), said
+
+
+def test_all_arms_learn_from_the_data_of_the_command(tmp_path, monkeypatch):
+    from stillhouse.recipes.gpusq_vit import experiment
+
+    monkeypatch.setattr(experiment, "BASE", replace(SMALL, options={**SMALL.options, "depth": 1}))
+    flags = ["--limit", "64", "--seeds", "1", "--teacher-epochs", "1", "--epochs", "1", "--quantized-epochs", "1"]
+    out = ["--batch", "32", "--device", "cpu", "--quiet", "--out", str(tmp_path / "run")]
+    assert invoke(["run", "gpusq_vit", *flags, *out]) == 0
 
 
 def test_wrong_classes_are_told_before_a_step(tmp_path):

@@ -39,7 +39,15 @@ from stillhouse.recipes.hierarchical_prune.parts import (
     taken_out,
 )  # fmt: skip
 from stillhouse.recipes.hierarchical_prune.recipe import distill, in_nf4
-from stillhouse.recipes.hierarchical_prune.system import Repair, behind, block_outputs, rates, unfreeze
+from stillhouse.recipes.hierarchical_prune.system import (
+    Given,
+    Repair,
+    behind,
+    block_outputs,
+    common_start,
+    rates,
+    unfreeze,
+)  # fmt: skip
 from stillhouse.run import Run
 from stillhouse.students.edits import Remove
 from stillhouse.students.normalfloat import NormalFloat, normal_points
@@ -479,6 +487,109 @@ def test_times_of_flows():
     assert torch.allclose(loss_weight("cosmap", torch.tensor([0.0])), torch.tensor([2 / math.pi]))
 
 
+# -- the common start ------------------------------------------------------------------------------------------------
+
+
+def calls_of(modules) -> list[int]:
+    """How often each is called from now on."""
+    counts = [0] * len(modules)
+
+    def count(k: int, *_) -> None:
+        counts[k] += 1
+
+    for k, m in enumerate(modules):
+        m.register_forward_hook(partial(count, k))
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("kind", "removed", "common"),
+    [
+        ("dit", "transformer_blocks.2", 2), ("dit", "transformer_blocks.2.ff", 2), ("dit", "transformer_blocks.0", 0),
+        ("sd3", "transformer_blocks.2", 2), ("flux", "single_transformer_blocks.0", 2),
+    ],
+)  # fmt: skip
+def test_blocks_before_the_first_change_are_computed_once(kind, removed, common):
+    """Same terms and gradients, to the bit, and the student's first blocks are not called."""
+    network, texts = {"dit": lambda: dit().network, "sd3": sd3, "flux": Packed}[kind](), kind != "dit"
+    condition = TEXTS if texts else torch.arange(3)
+    shape = {"dit": (1, 8, 8), "sd3": (2, 4, 4), "flux": (4, 4)}[kind]
+    whole = ManySteps(network, Flow(), "flow_prediction", shape, null=None if texts else NULL).eval()
+    path = f"network.{'inner.' if kind == 'flux' else ''}{removed}"
+    every = find_parts(whole)
+    blocks, gone = [p for p in every if p.component == "block"], [p for p in every if p.module == path]
+    student = Plan.identity(whole).then(gone[0].edit("input")).build(whole)
+    unfreeze(student, [b.module for b in blocks], [path], {})
+    learn = [b.module for b in blocks[common + 1 :]]
+    system = Repair(student, whole, learn, weights=(1.0, 1.0, 1.0), optimizer=partial(torch.optim.SGD, lr=0.1)).train()
+    x, t = noise(3, *shape), torch.tensor([0.1, 0.5, 0.9])
+    batch = {"input": x, "noise": noise(3, *shape, seed=1), "time": t, "condition": condition}
+    before = dict(student.named_modules())
+
+    def learned() -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        student.zero_grad()
+        terms = system.repair(batch, Clock())
+        terms.total.backward()
+        return dict(terms.terms), [p.grad for p in student.parameters() if p.requires_grad]
+
+    wanted, grads = learned()
+    calls = [calls_of([m.get_submodule(b.module) for b in blocks]) for m in (student, whole)]
+    with common_start(student, whole, blocks, gone, (x, t, condition)) as count:
+        assert count == common and sum(isinstance(m, Given) for m in student.modules()) == common
+        calls[0][:] = [0] * len(blocks)
+        found, again = learned()
+        assert calls[0][:common] == [0] * common and all(calls[0][k] for k in range(common + 1, len(blocks)))
+        assert calls[1] == [1] * len(blocks)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(grads, again, strict=True)) and any(
+        g is not None and g.any() for g in again
+    )
+    assert dict(student.named_modules()) == before and not any(isinstance(m, Given) for m in student.modules())
+
+
+def test_nothing_is_common_behind_what_learns():
+    """An embedder that learns feeds the first block, wherever the network keeps it."""
+    student, whole = pair([Remove("network.transformer_blocks.2")])
+    blocks = [p for p in find_parts(whole) if p.component == "block"]
+    student.requires_grad_(False)
+    student.network.transformer_blocks[3].requires_grad_(True)
+    inputs = (noise(2, 1, 8, 8, dtype=torch.float64), torch.tensor([0.2, 0.8]), torch.tensor([1, 2]))
+    for module, count in ((None, 2), (student.network.pos_embed, 0), (student.network.transformer_blocks[1], 1)):
+        if module is not None:
+            module.requires_grad_(True)
+        with (
+            pytest.raises(ZeroDivisionError),
+            common_start(student, whole, blocks, [blocks[2]], inputs) as found,
+        ):
+            assert found == count
+            raise ZeroDivisionError
+        assert not any(isinstance(m, Given) for m in student.modules())
+        assert not any(m._forward_hooks for m in whole.modules())
+        if module is not None:
+            module.requires_grad_(False)
+
+
+def test_a_run_takes_the_common_start_and_gives_the_same_student(tmp_path, monkeypatch):
+    from contextlib import nullcontext
+
+    from stillhouse.recipes.hierarchical_prune import recipe
+
+    counts, plain = [], recipe.common_start
+
+    def spied(*args):
+        made = plain(*args)
+        counts.append(made)
+        return made
+
+    cfg = replace(TINY, mode="manual", blocks=(2,), sensitivity="mask")
+    monkeypatch.setattr(recipe, "common_start", spied)
+    one = tiny(Run(tmp_path / "a", device="cpu", quiet=True), cfg)["student"].model
+    monkeypatch.setattr(recipe, "common_start", lambda *_: nullcontext())
+    two = tiny(Run(tmp_path / "b", device="cpu", quiet=True), cfg)["student"].model
+    assert len(counts) == 1 and one.state_dict().keys() == two.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
 # -- 5. what is chosen -----------------------------------------------------------------------------------------------
 
 
@@ -827,6 +938,8 @@ def test_mistakes_of_the_command_are_one_line_and_code_2(place, capsys):
         (*mine, "--data", "mine_hp:good"): "raised TypeError",
         (*mine, "--data", "nothing"): "unknown data",
         (*mine, "--data", "mine_hp:data", "--metric", "mine_hp:goood"): "no 'goood'",
+        (*mine, "--mode", "manual", "--blocks", "1", "--budget", "0.5"): "--budget does nothing here: --mode manual",
+        (*mine, "--train-blocks", "3", "--train", "all"): "--train does nothing here: --train-blocks",
     }
     for k, (flags, said) in enumerate(cases.items()):
         assert cli.invoke(["run", "hierarchical_prune", "--out", f"bad{k}", *flags, *FAST]) == 2, flags

@@ -24,7 +24,7 @@ from stillhouse.generations import Best, Learner, generations
 from stillhouse.models import ModelSpec
 from stillhouse.recipes.instance_label_smoothing.experiment import MLP, TINY, few_digits
 from stillhouse.recipes.instance_label_smoothing.recipe import Config, distill, teacher_quality
-from stillhouse.recipes.instance_label_smoothing.systems import Beta, Plain, Taught, everyone
+from stillhouse.recipes.instance_label_smoothing.systems import Beta, Plain, Taught
 from stillhouse.run import Run
 from stillhouse.system import Clock, Terms, Update
 from stillhouse.teachers import EMA, Frozen
@@ -210,30 +210,18 @@ def test_the_average_normalises_by_the_batch_as_the_student_does():
 def test_ranks_are_those_of_the_global_batch():
     """Three processes with unequal shares: each gets its part of what one process would assign."""
     whole, made = system().strengths(BATCH, Clock()), system()
-    shares = [list(range(N))[0:5], list(range(N))[5:9], list(range(N))[9:]]
+    shares = [list(range(N))[:5], list(range(N))[5:9], list(range(N))[9:]]
     own = made.ema(BATCH).logits.double().log_softmax(-1).gather(1, Y[:, None]).squeeze(1)
-
-    def exchange(rank):
-        """all_mean as the processes make it together: the sum of what all of them give, over their number."""
-
-        def all_mean(tensors, count):
-            (mine,) = tensors
-            every = torch.zeros_like(mine)
-            for r, share in enumerate(shares):
-                if len(mine) == len(shares):
-                    every[r] = len(share)
-                else:
-                    every[share] = own[share]
-            assert len(mine) != len(shares) or mine[rank] == len(shares[rank])
-            return [every / len(shares)]
-
-        return all_mean
-
+    ranks = torch.cat([torch.full((len(share),), float(r)) for r, share in enumerate(shares)])
     for rank, share in enumerate(shares):
-        clock = Clock(rank=rank, world=len(shares), all_mean=exchange(rank))
+
+        def all_rows(rows, share=share):
+            """What all processes have of what this one asks about: its confidences, then its rank."""
+            return own if torch.allclose(rows, own[share]) else ranks
+
+        clock = Clock(rank=rank, world=len(shares), all_rows=all_rows)
         part = {"input": X[share], "label": Y[share]}
         assert torch.allclose(made.strengths(part, clock), whole[share], atol=1e-12)
-    assert everyone(own, Clock())[1] == 0
 
 
 # -- generations -------------------------------------------------------------------------------------------------
@@ -381,6 +369,11 @@ def test_a_family_says_how_it_would_teach(tmp_path):
         (["--generations", "0"], ["generations", "from 1"]),
         (["--milestones", "30", "60"], ["milestones", "parts of the run"]),
         (["--rule", "gamma"], ["gamma"]),
+        (["--data", "digits", "--model", "torchvision:resnet18"], ["network cannot take inputs", "(1, 8, 8)"]),
+        (["--data", "digits", "--model", "stillhouse:mlp", "--pretrained"], ["no published weights"]),
+        (["--data", "digits", "--epsilon", "0.1"], ["--epsilon does nothing", "--rule smoothing"]),
+        (["--data", "digits", "--rule", "plain", "--a", "2"], ["--a does nothing", "--rule beta"]),
+        (["--data", "digits", "--assign", "random", "--ema-norm", "running"], ["--ema-norm", "--assign random"]),
     ],
     ids=lambda v: " ".join(v),
 )

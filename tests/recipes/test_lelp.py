@@ -395,6 +395,11 @@ def test_settings_out_of_range(settings, word):
         Config(**settings)
 
 
+def test_unlabelled_inputs_alone_are_not_the_built_in_experiment(tmp_path, capsys):
+    assert invoke(["run", "lelp", "--unlabelled", "digits", "--quiet", "--out", str(tmp_path / "x")]) == 2
+    assert "one --teacher" in capsys.readouterr().err
+
+
 def test_networks_that_do_not_fit(tmp_path):
     class Cosine(nn.Module):
         def __init__(self):
@@ -425,6 +430,8 @@ def test_networks_that_do_not_fit(tmp_path):
         (["--teacher", "stillhouse:mlp", "--teacher", "stillhouse:cnn"], ["one --teacher", "2"]),
         (["--teacher", "stillhouse:mlp", "--teacher-epochs", "1", "--subclasses", "99"], ["--subclasses"]),
         (["--teacher", "stillhouse:mlp", "--teacher-epochs", "1", "--beta", "-1"], ["beta"]),
+        (["--subclasses", "1", "--beta", "0.7"], ["--beta does nothing", "--subclasses 1"]),
+        (["--label", "1", "--no-rotate"], ["--rotate does nothing", "--label 1"]),
         (["--teacher", "stillhouse:mlp", "--teacher-epochs", "1", "--unlabelled", "folder:nowhere"], ["nowhere"]),
     ],
     ids=lambda v: " ".join(v)[:60],

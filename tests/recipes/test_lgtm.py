@@ -521,7 +521,11 @@ def test_networks_that_do_not_fit(tmp_path):
     one = STUDENT.build()
     cases = {
         r"student gives 4 logits.*10 classes": {"student": ModelSpec("stillhouse:mlp", 4, (1, 8, 8))},
-        r"teacher gives 4 logits.*10 classes": {"teacher": ModelSpec("stillhouse:mlp", 4, (1, 8, 8)).build()},
+        r"teacher 0 gives 4 logits.*10 classes": {"teacher": ModelSpec("stillhouse:mlp", 4, (1, 8, 8)).build()},
+        r"student cannot take inputs of shape \(1, 8, 8\)": {
+            "student": ModelSpec("torchvision:resnet18", 10, (3, 8, 8))
+        },
+        r"teacher 0 cannot take inputs": {"teacher": ModelSpec("torchvision:resnet18", 10, (3, 8, 8)).build()},
         r"share parameters": {"student": one, "teacher": one},
         r"teacher has no trainable parameter": {"teacher": TEACHER.build().requires_grad_(False)},
     }
@@ -539,6 +543,9 @@ def test_networks_that_do_not_fit(tmp_path):
         (["--teacher", "stillhouse:mlp", "--teacher-size", "16"], ["--teacher-size"]),
         (["--teacher", "stillhouse:mlp", "--influence", "some"], ["influence"]),
         (["--teacher", "stillhouse:mlp", "--held-out", "2"], ["held_out"]),
+        (["--teacher", "stillhouse:mlp", "--radius", "0.1"], ["--radius does nothing", "autograd"]),
+        (["--teacher", "x", "--influence", "none", "--derivative", "fd"], ["--derivative does", "--influence none"]),
+        (["--teacher", "x", "--strength", "0", "--influence", "sgd"], ["--influence does", "--strength 0"]),
     ],
     ids=lambda v: " ".join(v)[:60],
 )  # fmt: skip

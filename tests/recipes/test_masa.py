@@ -520,7 +520,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert invoke(["run", "masa", *first]) == 0
     again = ["--data", "mine.txt", "--length", "16", "--device", "cpu", "--quiet", "--way", "fit"]
     assert invoke(["run", "masa", *again, "--model", "one/students/student", "--out", "two"]) == 2
-    assert "its weight is already a function" in capsys.readouterr().err
+    assert "its weight is already a function of shared ones" in capsys.readouterr().err
     fit = [*flags, "--way", "fit", "--base-steps", "2", "--ratio", "0.3", "--out", "three"]
     assert invoke(["run", "masa", *fit]) == 0
     assert stillhouse.load("three/students/student").config.num_hidden_layers == 4
@@ -529,6 +529,47 @@ def test_the_command(tmp_path, capsys, monkeypatch):
               "--batch", "4", "--device", "cpu"]  # fmt: skip
     assert invoke(["run", "masa", *digits, "--projections", "q=attn.qk", "--out", "four"]) == 2
     assert "'q=attn.qk': expected KIND=PATH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "llama", "--ratio", "0.5"], "--ratio does nothing here: it is of --way fit"),
+        (["--model", "hf:x", "--way", "fit", "--steps", "9"], "--steps does nothing here: it is of --way train"),
+        (["--model", "hf:x", "--way", "fit", "--lr", "1"], "--lr does nothing here: --way fit trains nothing without"),
+        (["--model", "llama", "--coefficients", "free", "--hidden", "9"], "--hidden does nothing here"),
+        (["--layers", "12"], "--layers does nothing here: it is of --model llama"),
+        (["--model", "llama", "--pretrained"], "--pretrained does nothing here: it is of images"),
+        (["--data", "digits", "--length", "9"], "--length does nothing here: it is of text"),
+    ],
+)
+def test_flags_that_would_do_nothing(flags, says, tmp_path, capsys):
+    assert invoke(["run", "masa", *flags, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert says in said and "\n" not in said and not (tmp_path / "run").exists()
+
+
+def test_shared_weights_are_not_shared_or_quantised_again(tmp_path):
+    """Codes of single layers would undo the sharing, and the plan would not fit what is saved."""
+    from stillhouse.recipes.gpusq_vit.experiment import TINY as SPARSE
+    from stillhouse.recipes.gpusq_vit.recipe import distill as sparsified
+
+    data = load("digits", limit=64)
+    models = tiny(Run(tmp_path / "a", quiet=True, device="cpu"), replace(TINY, **FIT), images=True)
+    student, spec = models["student"], models.spec
+    again = {"network": student.model, "plan": student.plan}
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv\.0: its weight is already a function of shared ones"):
+        distill(Run(tmp_path / "b", quiet=True, device="cpu"), data, spec, replace(TINY, steps=1), **again)
+    cfg = replace(SPARSE, teacher_epochs=0.0, epochs=0.0, quantized_epochs=0.0)
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv\.0: its weight is a mix from a dictionary that other"):
+        sparsified(Run(tmp_path / "c", quiet=True, device="cpu"), data, spec, cfg, **again)
+    run = Run(tmp_path / "d", quiet=True, device="cpu")
+    family = sparsified(run, data, spec, replace(cfg, exclude=("*.attn.*",)), **again)
+    family.save(tmp_path / "d")
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        for m in family:
+            assert torch.equal(stillhouse.load(tmp_path / "d/students" / m.name)(x), m.model(x))
 
 
 @pytest.mark.parametrize(

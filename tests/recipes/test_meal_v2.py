@@ -17,7 +17,9 @@ from stillhouse.cli import invoke
 from stillhouse.data import load
 from stillhouse.data.cache import SignalCache
 from stillhouse.errors import UserError
+from stillhouse.files import read_json
 from stillhouse.models import ModelSpec
+from stillhouse.outcomes import Member, Models
 from stillhouse.outcomes import load as load_student
 from stillhouse.recipes.meal_v2.experiment import NOISE, STUDENT, TINY, Noisy, few_digits
 from stillhouse.recipes.meal_v2.recipe import Config, distill
@@ -25,6 +27,7 @@ from stillhouse.recipes.meal_v2.system import Discriminator, Meal, apart
 from stillhouse.run import Run
 from stillhouse.system import Clock, Signals
 from stillhouse.teachers import Cached, Ensemble, Frozen, state_fingerprint
+from stillhouse.text import bert_spec, sentence_data, small_tokenizer
 
 MLP = ModelSpec("stillhouse:mlp", 10, (1, 8, 8), options={"widths": [16]})
 ROWS = [
@@ -313,6 +316,18 @@ def test_noise_is_a_function_of_the_view_alone():
     assert abs(float(spread) - NOISE) < 0.1 * NOISE
 
 
+def test_one_step_for_both_at_a_rate_that_falls_once():
+    """The released settings: SGD with momentum 0.9, no weight decay, a tenth of the rate after 100 of 180 epochs."""
+    system = meal()
+    (update,) = system.updates()
+    optimizer = update.optimizer(update.params)
+    assert {id(p) for p in update.params} == {id(p) for p in system.parameters()}
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.01, 0.9, 0.0)
+    rates = [update.lr(Clock(step=s, steps=180)) for s in (0, 99, 100, 179)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1])
+
+
 # -- a user's own -------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +341,41 @@ def test_a_saved_student_is_fine_tuned_and_reloads(tmp_path, capsys):
     assert "student" in shown and (tmp_path / "out/students/student/plan.json").exists()
     again = load_student(tmp_path / "out/students/student")
     assert type(again) is type(family["student"].model) and not again.training
+
+
+def test_teachers_are_reported_as_they_are_asked(tmp_path):
+    """A teacher of another size can read the data only when resized; the base is the mean of all."""
+    sizes, data = {"options": {"widths": [16]}}, few_digits(0, 64)
+    large = [ModelSpec("stillhouse:mlp", 10, (1, 12, 12), **sizes) for _ in range(2)]
+    teachers = [spec.build(seed=k) for k, spec in enumerate(large)]
+    family = distill(Run(tmp_path / "a", quiet=True, device="cpu"), data, MLP, teachers, UNTAUGHT, resize=12)
+    x = data.test.take(np.arange(7))["input"]
+    asked = torch.stack([Frozen(t, resize=12)({"input": x}).logits.softmax(-1) for t in teachers]).mean(0)
+    torch.testing.assert_close(family.base(x).softmax(-1), asked)
+    assert family.base_name == "mean of the teachers"
+    Models([Member("t", teachers[0], spec=large[0])], torch.zeros(1, 1, 12, 12)).save(tmp_path / "t")
+    flags = ["--teacher", str(tmp_path / "t/students/t"), "--teacher-size", "12", "--student-epochs", "1"]
+    run = ["run", "meal_v2", "--data", "digits", "--limit", "64", "--model", "stillhouse:mlp", "--epochs", "1"]
+    assert invoke([*run, *flags, "--batch", "32", "--quiet", "--out", str(tmp_path / "out")]) == 0
+    report = read_json(tmp_path / "out/report.json")
+    (told,) = [row for row in report["tables"][0]["rows"] if row[0] == "teacher 0"]
+    assert f"{100 * report['students'][0]['metrics']['accuracy']:.2f}" == told[1]
+
+
+def test_sentences(tmp_path):
+    words = [f"{a} {b}" for a in ("so", "very", "not", "hardly") for b in ("good", "bad", "dull", "fine", "odd")]
+    rows = [{"text": w, "label": str(i % 2)} for i, w in enumerate(words)]
+    tokenizers = {"input": small_tokenizer(words), "teacher": small_tokenizer(words, "char")}
+    data = sentence_data({"train": rows}, "words", tokenizers=tokenizers, length=16)
+    student, teacher = (bert_spec(len(t), 2, width=8, layers=1, heads=2, length=16) for t in tokenizers.values())
+    cfg = replace(UNTAUGHT, cache=0, batch=8)
+    teachers = [teacher.build(seed=k) for k in (1, 2)]
+    family = distill(Run(tmp_path, quiet=True, device="cpu"), data, student, teachers, cfg)
+    family.save(tmp_path)
+    rows, _, _ = family.measure(data, tmp_path)
+    assert [r.name for r in rows] == ["mean of the teachers", "student"]
+    with pytest.raises(UserError, match="are of images"):
+        distill(Run(tmp_path / "b", quiet=True), data, student, teachers, replace(cfg, cache=-1, cutmix=1.0))
 
 
 def small_family(tmp_path):
@@ -347,6 +397,9 @@ def small_family(tmp_path):
         (["--soft", "0"], ["nothing to learn"]),
         (["--cutmix", "1", "--cache", "0"], ["cutmix", "cache -1"]),
         (["--drop", "1"], ["0 < drop < 1"]),
+        (["--discriminator", "none", "--push", "2"], ["--push does nothing", "--discriminator none"]),
+        (["--teacher", "runs/nowhere"], ["--teacher runs/nowhere", "plan.json", "RUN/students/NAME"]),
+        (["--teacher", "stillhouse:cnn", "--teacher-epochs", "1", "--teacher-size", "9"], ["--teacher-size"]),
     ],
     ids=lambda v: " ".join(v)[:40],
 )  # fmt: skip

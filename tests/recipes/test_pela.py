@@ -18,12 +18,14 @@ from stillhouse.errors import UserError
 from stillhouse.export import export
 from stillhouse.models import ModelSpec
 from stillhouse.recipes.pela.experiment import SMALL, TINY
-from stillhouse.recipes.pela.layers import choose, rank_for, refresh, thin_layers
+from stillhouse.recipes.pela.layers import rank_for, refresh, thin_layers
 from stillhouse.recipes.pela.recipe import Config, distill, thinned
 from stillhouse.recipes.pela.system import Pela, deviation, feature_error
 from stillhouse.run import Run
+from stillhouse.students.activations import Inputs
 from stillhouse.students.blocks import alike_blocks, block_lists, block_paths
 from stillhouse.students.edits import Factor, factorised
+from stillhouse.students.lowrank import choose
 from stillhouse.students.plan import Plan
 from stillhouse.system import Clock
 from stillhouse.teachers import Frozen, state_fingerprint
@@ -219,6 +221,23 @@ def test_few_labels_and_all_features():
     torch.testing.assert_close(system.learn({"labelled": few, "every": {}}, Clock()).terms["task"], both["task"])
 
 
+def test_the_pooled_vector_of_a_swin_is_compared_as_its_release_does():
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 56, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "num_classes": 3}
+    base = timm.create_model("swin_tiny_patch4_window7_224", **sizes).double().eval()
+    student, path = copy.deepcopy(base), "head.global_pool"
+    with torch.no_grad():
+        student.norm.weight.mul_(1.5)
+    system = Pela(
+        student, Frozen(base, taps=[path]), base, blocks=[path], pairs=[], task=0.0, feature=1.0,
+        optimizer=torch.optim.SGD,
+    )  # fmt: skip
+    x = torch.randn(2, 3, 56, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t, s = (m.forward_features(x).mean((1, 2)) for m in (base, student))
+    found = system.learn({"input": x}, Clock()).terms["feature"]
+    torch.testing.assert_close(found, (t - s).square().mean())
+
+
 def test_padding_of_sentences_says_nothing():
     g = torch.Generator().manual_seed(0)
     t, s = (torch.randn(2, 4, 3, generator=g, dtype=torch.float64) for _ in range(2))
@@ -311,6 +330,10 @@ def test_blocks_are_found():
     base = vit(3)
     assert block_lists(base) == ["blocks"] and block_paths(base) == ["blocks.0", "blocks.1", "blocks.2"]
     assert alike_blocks(base)[0] == "blocks"
+    thin = thinned(base, thin_layers(base, choose(base), 2.0))
+    for path in ("blocks.0.mlp.fc1.0", "blocks.0.mlp.fc1.1"):  # a layer with a part of its own is not a block
+        thin = Inputs(path, 8).apply(thin)
+    assert block_lists(thin) == ["blocks"]
     with pytest.raises(UserError, match="no list of blocks"):
         block_paths(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     with pytest.raises(UserError, match="no module 'block'"):
@@ -406,6 +429,7 @@ def test_wrong_networks_and_names_are_told_before_a_step(tmp_path):
         (SMALL, {"modules": ("blocks.0.norm1",)}, "blocks.0.norm1: LayerNorm is not supported"),
         (SMALL, {"compare": ("blocks.7",)}, "no module 'blocks.7'"),
         (ModelSpec("stillhouse:mlp", 10, (1, 8, 8)), {}, "no list of blocks"),
+        (replace(SMALL, shape=(1, 12, 12)).build(), {}, r"cannot take inputs of shape \(1, 8, 8\) of digits"),
     ]
     for base, changes, says in cases:
         with pytest.raises(UserError, match=says) as error:
@@ -427,8 +451,66 @@ class Reads(nn.Module):
 
 def test_a_network_that_reads_weights_itself(tmp_path):
     cfg = replace(TINY, modules=("layer",), compare=("flat",))
-    with pytest.raises(UserError, match="Reads does not run with pairs of layers"):
+    with pytest.raises(UserError, match="Reads does not run with two layers in place of one"):
         distill(Run(tmp_path, quiet=True, device="cpu"), load("digits", limit=32), Reads(), cfg)
+
+
+def test_all_arms_learn_from_the_data_of_the_command(tmp_path, monkeypatch):
+    from stillhouse.recipes.pela import experiment
+
+    monkeypatch.setattr(experiment, "BASE", SMALL)
+    monkeypatch.setattr(experiment, "ARMS", {k: {"epochs": 0.0} for k in experiment.ARMS})
+    flags = ["--limit", "64", "--seeds", "1", "--ratio", "2", "--teacher-epochs", "1", "--epochs", "1", "--batch", "32"]
+    out = ["--device", "cpu", "--quiet", "--out", str(tmp_path / "run")]
+    assert invoke(["run", "pela", *flags, *out]) == 0
+
+
+OWN = """
+import torch
+from stillhouse.recipes.pela.experiment import SMALL
+
+
+def net():
+    model = SMALL.build(seed=5)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    return model
+"""
+
+
+def test_a_network_of_ones_own_is_taken_as_it_comes_and_goes_on(tmp_path, monkeypatch, capsys):
+    """A function may give trained weights; what is made of it is the base of further runs, quantised ones too."""
+    (tmp_path / "own_thin_vit.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    how = ["--data", "digits", "--limit", "64", "--device", "cpu", "--quiet", "--batch", "32", "--epochs", "1"]
+
+    def run(*flags):
+        code = invoke(["run", *flags, *how])
+        return code, capsys.readouterr().err.strip()
+
+    assert run("pela", "--model", "own_thin_vit:net", "--out", "a") == (0, "")
+    short = ("--quantized-epochs", "0", "--bits", "8")
+    assert run("gpusq_vit", "--model", "a/students/student", "--out", "b", *short) == (0, "")
+    assert run("pela", "--model", "b/students/int8", "--out", "c", "--modules", "blocks.0.mlp.fc1.1", "--ratio", "1.2",
+               "--compare", "blocks.0") == (0, "")  # fmt: skip
+    assert stillhouse.load("c/students/student")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    for flags, words in (
+        (["--weights", "x.safetensors"], "--weights does nothing here: --model a/students/student has its own weights"),
+        (["--seeds", "2"], "--seeds does nothing here"),
+        (["--rank", "2", "--ratio", "3"], "--ratio does nothing here: --rank gives all layers one rank"),
+        (["--perturbation", "0", "--epsilon", "1"], "--epsilon does nothing here"),
+    ):
+        code, said = run("pela", "--model", "a/students/student", "--out", "d", *flags)
+        assert code == 2 and words in said and "\n" not in said
+
+
+def test_published_weights_must_be_for_these_classes(tmp_path, capsys):
+    flags = ["--model", "timm:vit_tiny_patch16_224", "--pretrained", "--data", "digits", "--out", str(tmp_path / "a")]
+    assert invoke(["run", "pela", *flags]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "published weights are for 1000 classes, digits has 10" in said and "--teacher-epochs" in said
+    assert invoke(["run", "pela", "--weights", "no.safetensors", "--out", str(tmp_path / "b")]) == 2
+    assert "no.safetensors does not exist" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_missing(tmp_path, capsys):

@@ -21,13 +21,13 @@ from stillhouse.export import export
 from stillhouse.models import ModelSpec
 from stillhouse.recipes.pipeline.config import Config, Step
 from stillhouse.recipes.pipeline.deploy import answers, int8, session
-from stillhouse.recipes.pipeline.experiment import BASE, OPTIONS, TINY, given, tiny, unpacked
+from stillhouse.recipes.pipeline.experiment import BASE, OPTIONS, TINY, given, tiny
 from stillhouse.recipes.pipeline.recipe import distill
 from stillhouse.run import Run
-from stillhouse.students.edits import Factor, Pack, largest_paying_rank
+from stillhouse.students.edits import Depth, Factor, Pack, Remove, largest_paying_rank
 from stillhouse.students.lowrank import factorable, fit_ranks
 from stillhouse.students.parametrized import Symmetric, bake, parametrize_weights, weight_layers
-from stillhouse.students.plan import Keep, Plan, signature
+from stillhouse.students.plan import Keep, Plan, signature, unpacked
 
 MLP = ModelSpec("stillhouse:mlp", 10, (1, 8, 8), options={"widths": [32, 32]})
 EVERY = ("train:1", "prune:0.3", "factor:0.3", "sparsify:2:4", "distill:1", "quantize:int4?train=1&bucket=64")
@@ -261,17 +261,46 @@ def test_a_student_goes_on_in_another_pipeline(whole, tmp_path):
     family, folder = whole
     options = OPTIONS(out=tmp_path, model=str(folder / "students/6-quantize"))
     data = load("digits", limit=96)
-    spec, network, plan = given(options, data, Config(), 0)
-    assert spec.name == BASE.name and not any(isinstance(e, Pack) for e in plan.edits)
-    with torch.no_grad():
-        assert torch.equal(network.eval()(X), family["6-quantize"].model(X))
-    more = distill(
-        run(tmp_path), data, spec, replace(TINY, steps=("quantize:int2?train=0",)), network=network, plan=plan
-    )
-    more.save(tmp_path)
-    again = stillhouse.load(tmp_path / "students/1-quantize")
-    with torch.no_grad():
-        assert torch.equal(again(X), more.members[0].model(X))
+    for steps in (("quantize:int2?train=0",), ("distill:1", "factor:0.2", "quantize:int8?train=0")):
+        spec, network, plan = given(options, data, Config(), 0)
+        assert spec.name == BASE.name
+        with torch.no_grad():
+            assert torch.equal(network.eval()(X), family["6-quantize"].model(X))
+        more = distill(run(tmp_path / steps[0]), data, spec, replace(TINY, steps=steps), network=network, plan=plan)
+        more.save(tmp_path / steps[0])
+        for m in more:
+            again = stillhouse.load(tmp_path / steps[0] / "students" / m.name)
+            with torch.no_grad():
+                assert torch.equal(again(X), m.model(X)), m.name
+
+
+def test_a_layer_is_not_changed_behind_its_packing():
+    """Its codes would not fit it: said where the plan is made, not where it is saved."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    plan = Plan.identity(net).then(Pack("1.0", 8))
+    for edit in (Keep("1.0", "out", (0, 1)), Factor("1.0", 2), Remove("1"), Depth("1", (0, 0))):
+        with pytest.raises(UserError, match=r"^1\.0: its weights are packed, .*unpacked\(network, plan\)$"):
+            plan.then(edit)
+    assert plan.then(Factor("0", 2), Pack("1.0", 4)).edits == (Factor("0", 2), Pack("1.0", 4))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--steps", "train:1", "--score", "l1"], ["--score does nothing", "no step is prune"]),
+        (["--steps", "train:1,quantize:int8?train=0", "--quantize-lr", "0.1"], ["--quantize-lr", "that trains"]),
+        (["--steps", "train:1,distill:2", "--epochs", "3"], ["--epochs does nothing", "open"]),
+        (["--steps", "train:1,quantize:int8?train=2", "--quantize-epochs", "3"], ["--quantize-epochs", "open"]),
+        (["--steps", "train,distill", "--kd", "0", "--temperature", "2"], ["--temperature", "--kd 0"]),
+        (["--steps", "prune:0.5", "--lr", "0.1"], ["--lr does nothing", "no step is train or distill"]),
+        (["--steps", "train,prune:0.5", "--kd", "0.5"], ["--kd does nothing", "asks the teacher"]),
+    ],
+    ids=lambda v: " ".join(v)[:40],
+)
+def test_flags_that_do_nothing_are_one_line(flags, words, tmp_path, capsys):
+    code = invoke(["run", "pipeline", "--data", "digits", "--out", str(tmp_path / "x"), *flags])
+    said = capsys.readouterr().err.strip()
+    assert code == 2 and "\n" not in said and all(w in said for w in words), said
 
 
 def test_a_live_network_of_ones_own(tmp_path):

@@ -20,13 +20,14 @@ from stillhouse.distill import Distill
 from stillhouse.engine import fit
 from stillhouse.errors import UserError
 from stillhouse.export import export
+from stillhouse.flags import parse_flags
 from stillhouse.models import ModelSpec
 from stillhouse.objectives import cross_entropy, kl
 from stillhouse.recipes.quantized_distillation import quantizers
 from stillhouse.recipes.quantized_distillation.config import Config
-from stillhouse.recipes.quantized_distillation.experiment import STUDENT, TEACHER, TINY, rounded, tiny
+from stillhouse.recipes.quantized_distillation.experiment import ARMS, PRESET, STUDENT, TEACHER, TINY, rounded, tiny
 from stillhouse.recipes.quantized_distillation.quantizers import Bucketed, bits_for, first_points, shared_points
-from stillhouse.recipes.quantized_distillation.recipe import distill
+from stillhouse.recipes.quantized_distillation.recipe import distill, layers_of
 from stillhouse.recipes.quantized_distillation.sizes import account, huffman_length, reduction
 from stillhouse.recipes.quantized_distillation.stages import Stages, gradient_norms, part_of
 from stillhouse.recipes.quantized_distillation.systems import PointDistill, QuantizedDistill, asked, weights_of
@@ -308,6 +309,18 @@ def test_samples_that_are_not_asked_learn_from_their_label(ask):
     assert torch.allclose(terms["kd"], 0.7 * (teach * chosen).sum() / len(ce), atol=1e-6)
 
 
+def test_the_teachers_share_is_the_same_whoever_is_asked():
+    """The KL divided by the classes, whose number is the data's, and by all samples of the batch."""
+    assert [weights_of(Config(reduction=r), 4)["objectives"][0].weight for r in ("batch", "elements")] == [0.7, 0.175]
+    b, (student, teacher) = batch(), nets()
+    terms = [
+        QuantizedDistill(student, teacher, cfg, **weights_of(cfg, 10)).learn(b, CLOCK).terms
+        for cfg in (Config(reduction="elements"), Config(reduction="elements", ask="cutoff", cutoff=0.0))
+    ]
+    for name in ("label", "kd"):
+        torch.testing.assert_close(terms[0][name], terms[1][name])
+
+
 def test_nobody_asked_is_plain_cross_entropy():
     cfg, b = Config(ask="cutoff", cutoff=9.0), batch()
     student, teacher = nets()
@@ -331,6 +344,10 @@ def test_points_move_alone_and_stay_in_order(tmp_path):
         assert torch.equal(chain[0].points, chain[0].points.sort().values)
         assert not torch.allclose(chain[0].points, first_points(chain.original, 4, 64))
         assert torch.equal(student.get_submodule(path).bias, before.get_submodule(path).bias)
+    with torch.no_grad():
+        chain[0].points.copy_(torch.tensor([0.9, 0.1, 0.4, 0.2]))
+    system.after_step(CLOCK)
+    torch.testing.assert_close(chain[0].points.detach(), torch.tensor([0.1, 0.2, 0.4, 0.9]))
     with pytest.raises(UserError, match="codebook"):
         PointDistill(before, None, objectives=[], label=1.0)
 
@@ -430,6 +447,40 @@ def test_text_students_quantise_their_embeddings(tmp_path):
     assert [e.module for e in plan.edits] == ["embed", "hidden.0", "head"] and len(made.embed.weight[:8].unique()) <= 4
 
 
+class Attending(nn.Module):
+    """A network with torch's own attention, whose queries, keys and values are one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 10)
+
+    def forward(self, x):
+        rows = x.flatten(1, 2)
+        return self.head(self.attention(rows, rows, rows, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"method": "dq", "auto_bits": True}, {"method": "cycle", "epochs": 2}], ids=str
+)
+def test_attention_of_torch_is_quantised_with_its_packed_projections(changes, tmp_path):
+    cfg = Config(**{"kd": 0.0, "student_epochs": 0, "epochs": 1, "bits": 2, "bucket": 64, "batch": 32, **changes})
+    run, base = Run(tmp_path, quiet=True, device="cpu"), Attending()
+    family = distill(run, load("digits", limit=64), base, [], cfg)
+    small = family["q2"].model
+    packed = {e.name for e in family["q2"].plan.edits if e.module == "attention"}
+    most = 2 ** family["q2"].plan.edits[0].bits
+    assert (
+        packed == {"attention.in_proj_weight"} and len(small.attention.in_proj_weight.flatten()[:64].unique()) <= most
+    )
+    assert len(small.attention.out_proj.weight.flatten().unique()) <= most and family.cost["baked_difference"] == 0
+    assert "3 layers, 88.9 % of the parameters" in family.notes[0]
+    family.save(tmp_path)
+    x = load("digits", limit=64).test.take(torch.arange(5).numpy())["input"]
+    with torch.no_grad():
+        assert torch.equal(stillhouse.load(tmp_path / "students/q2", base=Attending())(x), small(x))
+    assert layers_of(nn.ModuleList([nn.MultiheadAttention(8, 2, kdim=4), nn.Linear(8, 8)])) == ["0.out_proj", "1"]
+
+
 def test_points_are_learned_from_the_unquantised_student(tmp_path, monkeypatch):
     seen, plain = [], Stages.fit
 
@@ -447,6 +498,29 @@ def test_points_are_learned_from_the_unquantised_student(tmp_path, monkeypatch):
     assert not torch.allclose(coarse, points.teacher(b).logits, atol=1e-2)
 
 
+def test_every_setting_reaches_its_stage(tmp_path, monkeypatch):
+    systems, made = {}, {}
+
+    def spied(self, name, system, epochs):
+        systems[name], self.last = system, name
+        made[name] = [copy.deepcopy(chain[0]) for _, _, chain in projectors(system.student)]
+
+    monkeypatch.setattr(Stages, "fit", spied)
+    how = {"lr": 0.3, "quantised_lr": 0.2, "point_lr": 0.1, "bits": 3, "bucket": 32, "temperature": 3.0, "clip": 2.0}
+    uses = {"backward": "exact", "rounding": "stochastic", "points": "uniform", "method": "cycle", "epochs": 2.0}
+    distill(Run(tmp_path, quiet=True, device="cpu"), load("digits", limit=64), MLP, MLP.build(), Config(**how, **uses))
+    assert list(systems) == ["full", "weights0", "points0", "weights1"]
+    for name, system in systems.items():
+        (update,) = system.updates()
+        optimizer = update.optimizer([nn.Parameter(torch.zeros(1))])
+        assert optimizer.defaults["lr"] == {"f": 0.3, "w": 0.2, "p": 0.1}[name[0]]
+        assert update.clip == 2.0 and system.objectives[0].options == {"T": 3.0}
+    for q in made["weights0"]:
+        assert (q.bits, q.group, q.backward_style, q.stochastic) == (3, 32, "exact", True)
+    for book in made["points0"]:
+        assert book.group == 32 and torch.equal(book.points.detach(), torch.arange(8).float() / 7)
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------------
 
 
@@ -462,9 +536,17 @@ def test_points_are_learned_from_the_unquantised_student(tmp_path, monkeypatch):
         (["--kd", "0", "--include", "pool"], ["AdaptiveAvgPool2d is not supported"]),
         (["--kd", "0", "--exclude", "*"], ["no layer to quantise"]),
         (["--kd", "0", "--epochs", "0"], ["epochs > 0"]),
+        (["--kd", "0", "--ask", "wrong"], ["--ask does nothing here", "--kd 0 asks no teacher"]),
+        (["--method", "dq", "--backward", "exact"], ["--backward does nothing here", "--method qd"]),
+        (["--points", "uniform"], ["--points does nothing here", "--method dq"]),
+        (["--cutoff", "1"], ["--cutoff does nothing here", "--ask cutoff"]),
+        (
+            ["--teacher", "runs/none/students/p00", "--student", "stillhouse:mlp"],
+            ["no runs/none/students/p00/plan.json", "RUN/students/NAME"],
+        ),
         (
             ["--kd", "0", "--model", "torchvision:mobilenet_v3_small"],
-            ["student cannot take inputs", "(1, 8, 8)", "digits"],
+            ["cannot take inputs", "(1, 8, 8)", "digits"],
         ),
     ],
     ids=lambda v: " ".join(v)[:40],
@@ -474,6 +556,25 @@ def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
     code = invoke(["run", "quantized_distillation", *common, *flags])
     said = capsys.readouterr().err.strip()
     assert code == 2 and "\n" not in said and all(w in said for w in words), said
+
+
+@pytest.mark.parametrize("flags", [["--teacher", "stillhouse:mlp"], ["--student", "stillhouse:mlp"]], ids=str)
+def test_a_network_of_ones_own_is_not_trained_as_that_of_the_built_in_experiment(flags):
+    options, cfg = parse_flags("quantized_distillation", ["--out", "x", *flags])
+    assert options.own and cfg == Config() and not cfg.teacher_epochs
+    options, cfg = parse_flags("quantized_distillation", ["--out", "x", "--method", "dq"])
+    assert not options.own and cfg == replace(PRESET, method="dq")
+
+
+@pytest.mark.parametrize(
+    "given", [{"method": "dq", "auto_bits": True}, {"backward": "exact"}, {"method": "cycle"}], ids=str
+)
+def test_arms_are_what_their_names_say_whatever_is_asked_for(given):
+    for arm, changes in ARMS.items():
+        cfg = replace(replace(PRESET, **given), **changes)
+        method, bits = arm.split(",")[0].lower(), int(arm.split()[1])
+        assert (cfg.method, cfg.bits) == (method, bits) and cfg.auto_bits == arm.endswith("auto")
+        assert method != "qd" or cfg.backward == ("exact" if arm.endswith("exact") else "plain")
 
 
 def test_a_teacher_is_asked_for_where_one_is_needed(tmp_path):

@@ -19,10 +19,13 @@ from stillhouse.cli import invoke
 from stillhouse.data import Arrays
 from stillhouse.data.mining import mine, nearest, signatures, top_per_class
 from stillhouse.errors import UserError
+from stillhouse.evaluate import classification, predict
 from stillhouse.files import read_json
 from stillhouse.models import ModelSpec
+from stillhouse.outcomes import load as load_student
 from stillhouse.recipes.ssld.experiment import TINY, digits
 from stillhouse.recipes.ssld.recipe import OBJECTIVES, Config, LabelFree, distill
+from stillhouse.recipes.ssld.size import LastLayer
 from stillhouse.run import Run
 from stillhouse.system import Clock, Signals
 from stillhouse.teachers import Frozen, state_fingerprint
@@ -33,6 +36,7 @@ ROWS = [
     Row("ssld", "labels", {"finetune": "labels", "objective": "ce", "stage_lr": ("1=0.1",)}),
     Row("ssld", "eval", {"finetune": "none", "batch_statistics": False, "objective": "js", "teacher_epochs": 0.0}),
     Row("ssld", "batch norm on both sides", {"teacher_epochs": 0.0}, {"student": CNN}),
+    Row("ssld", "another size", {"finetune": "labels", "fix_epochs": 1.0}, {"student": CNN, "size": 12}),
 ]
 JOINT = [Row("ssld", "mlp", {"batch_statistics": False, "teacher_epochs": 0.0})]
 
@@ -255,6 +259,101 @@ def test_phase_two_sees_labelled_images_alone_at_a_hundredth_of_the_rate(tmp_pat
     assert "label" in labels["labels"][0] and "symmetric" in labels["teacher"][0]
 
 
+def test_the_rate_of_phase_two_is_a_part_of_phase_ones(tmp_path):
+    data, pool = digits(0, 300)
+    spec, made = ModelSpec("stillhouse:mlp", 10, (1, 8, 8), options={"widths": [10]}), {}
+    how = {"none": {"finetune": "none"}, "still": {"finetune_lr": 1e-9}, "fast": {"finetune_lr": 1.0}}
+    for name, changes in how.items():
+        run = Run(tmp_path / name, quiet=True, device="cpu")
+        cfg = replace(TINY, teacher_epochs=0.0, **changes)
+        made[name] = distill(run, data, spec, CNN.build(seed=3), pool, cfg)["student"].model[1].weight.detach()
+    assert Config().finetune_lr == 0.01
+    torch.testing.assert_close(made["still"], made["none"], rtol=0, atol=1e-7)
+    assert (made["fast"] - made["none"]).abs().max() > 1e-4
+
+
+def test_the_teacher_of_a_run_uses_the_statistics_of_the_batch_where_asked(tmp_path):
+    data, _ = digits(0, 150)
+    found = []
+    for asked in (True, False):
+        cfg = replace(TINY, teacher_epochs=0.0, batch_statistics=asked, finetune="none", lr=1e-9, weight_decay=0.0)
+        run = Run(tmp_path / str(asked), quiet=True, device="cpu", log_every=1)
+        student, teacher = CNN.build(seed=1).eval(), CNN.build(seed=3)
+        distill(run, data, student, teacher, None, cfg)
+        found.append([row["symmetric"] for row in run.log("label-free")])
+    assert len(found[0]) == len(found[1]) > 1 and all(abs(a - b) > 1e-4 for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("finetune", ["teacher", "labels", "none"])
+def test_the_last_layer_alone_is_tuned_to_another_size(tmp_path, finetune):
+    """What is before it keeps its bytes, batch-norm statistics too; images are seen as in a test, without changes."""
+    (data, pool), (larger, _) = digits(0, 300), digits(0, 150, 12)
+    larger = replace(larger, train=watched(larger.train))
+    cfg = replace(TINY, teacher_epochs=0.0, finetune=finetune, fix_epochs=3.0, lr=0.5, fix_lr=0.1, weight_decay=0.1)
+    before, after = (CNN.build(seed=1) for _ in range(2))
+    teacher = CNN.build(seed=3)
+    distill(Run(tmp_path / "a", quiet=True, device="cpu"), data, before, teacher, pool, cfg)
+    run = Run(tmp_path / "b", quiet=True, device="cpu", log_every=1)
+    family = distill(run, data, after, teacher, pool, cfg, larger=larger)
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, after.state_dict()[name]) is not name.startswith("head"), name
+    assert all(p.requires_grad for p in after.parameters())
+    assert family.shape == (1, 12, 12) and "12 × 12 pixels" in family.notes[-1] and "'head'" in family.notes[-1]
+    rows = run.log("fix")
+    assert len(rows) == 3 * (150 // 32) and ("label" in rows[0]) is (finetune == "labels")
+    accuracy = classification(*predict(before, larger.test))["accuracy"]
+    assert f"{accuracy:.1%} right before" in family.notes[-1]
+
+
+def watched(part):
+    """The same images, which would be shifted and mirrored if they were asked for a view."""
+    x = part.take(np.arange(len(part)))["input"].numpy()
+
+    class Watched(Arrays):
+        def take(self, ids, *, view=None, seed=0):
+            assert view is None
+            return super().take(ids, view=view, seed=seed)
+
+    return Watched(x, part.labels, classes=part.classes, augment="crop-flip")
+
+
+def test_the_step_for_another_size_by_hand():
+    """One step of SGD on the head: only its gradient of the mean loss, at features of a network in eval mode."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, C)).double()
+    with torch.no_grad():
+        net[1].running_mean.copy_(draw(4))
+    x, before = draw(N, 3, seed=8), copy.deepcopy(net).eval()
+    fixed = LastLayer(net, "3").train()
+
+    class Said:
+        def __call__(self, batch):
+            return Signals(logits=T)
+
+    learner = LabelFree(fixed, Said(), objectives=[OBJECTIVES["symmetric"]], label=0.0)
+    (update,) = learner.updates()
+    assert [p.shape for p in update.params] == [net[3].weight.shape, net[3].bias.shape]
+    learner.train()
+    learner.learn({"input": x, "label": BATCH["label"]}, Clock()).total.backward()
+    h = before[:3](x)
+    s = before[3](h).detach().requires_grad_()
+    O.symmetric_kl(T, s).mean().backward()
+    torch.testing.assert_close(net[3].weight.grad, s.grad.T @ h)
+    assert torch.equal(net[1].running_mean, before[1].running_mean) and net[0].weight.grad is None
+
+
+def test_a_teacher_of_another_size_is_measured_as_it_is_asked(tmp_path):
+    data, pool = digits(0, 200)
+    teacher = ModelSpec("stillhouse:mlp", 10, (1, 12, 12), options={"widths": [16]}).build(seed=3)
+    cfg = replace(TINY, teacher_epochs=0.0, batch_statistics=False)
+    student = ModelSpec("stillhouse:mlp", 10, (1, 8, 8), options={"widths": [10]}).build(seed=1)
+    family = distill(Run(tmp_path, quiet=True, device="cpu"), data, student, teacher, pool, cfg, resize=12)
+    x = data.test.take(np.arange(5))["input"]
+    torch.testing.assert_close(family.base(x), Frozen(teacher, resize=12)({"input": x}).logits)
+    family.save(tmp_path)
+    assert family.measure(data, tmp_path)[0][0].name == "teacher"
+    assert read_json(tmp_path / "students/student/plan.json")["base"]["class"] == "MLP"
+
+
 def test_learning_rates_by_module():
     """Deeper paths go before those above them; what is not named keeps its rate; factor 0 does not move."""
     net = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
@@ -300,6 +399,12 @@ def test_a_folder_of_photos_is_a_pool(tmp_path, capsys):
         (["--teacher", "stillhouse:cnn", "--teacher-epochs", "1", "--pool", "folder:/nowhere"], ["/nowhere"]),
         (["--teacher", "stillhouse:cnn", "--teacher-epochs", "1", "--stage-lr", "block9=1"], ["block9", "block1"]),
         (["--stage-lr", "layer1"], ["MODULE=FACTOR"]),
+        (["--finetune", "none", "--stage-lr", "head=1"], ["--stage-lr does nothing", "--finetune none"]),
+        (["--teacher", "stillhouse:cnn", "--per-class", "9"], ["--per-class does nothing", "--pool"]),
+        (["--fix-epochs", "9"], ["--fix-epochs does nothing", "--fix-size"]),
+        (["--steps", "9", "--epochs", "9"], ["--epochs does nothing", "--steps"]),
+        (["--teacher", "stillhouse:cnn", "--teacher-epochs", "1", "--fix-size", "12", "--model", "stillhouse:mlp"],
+         ["student cannot take inputs of shape (1, 12, 12)"]),
         (["--objective", "jeffreys"], ["symmetric"]),
         (["--epochs", "0"], ["epochs", "positive"]),
     ],
@@ -310,6 +415,15 @@ def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
     assert invoke([*common, *flags, "--out", str(tmp_path / "x")]) == 2
     said = capsys.readouterr().err.strip()
     assert "\n" not in said and all(w in said for w in words), said
+
+
+def test_another_size_by_command(tmp_path):
+    flags = ["--data", "digits", "--limit", "64", "--teacher", "stillhouse:cnn", "--teacher-epochs", "1"]
+    short = ["--epochs", "1", "--finetune-epochs", "1", "--batch", "32", "--quiet", "--out", str(tmp_path / "x")]
+    assert invoke(["run", "ssld", *flags, "--fix-size", "12", "--fix-epochs", "1", *short]) == 0
+    assert read_json(tmp_path / "x/students/student/plan.json")["shape"] == [1, 12, 12]
+    assert load_student(tmp_path / "x/students/student")(torch.zeros(2, 1, 12, 12)).shape == (2, 10)
+    assert invoke(["resume", str(tmp_path / "x")]) == 0
 
 
 def test_settings_out_of_range():

@@ -18,11 +18,14 @@ from stillhouse.distill import Distill
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, count_params, logits_of
 from stillhouse.export import export
+from stillhouse.family import Family
 from stillhouse.models import ModelSpec
+from stillhouse.outcomes import Member
 from stillhouse.recipes.sws_learngene.experiment import SMALL, TEACHER, TINY, VIT, gene_of
 from stillhouse.recipes.sws_learngene.gene import learned, set_drop_path, shared
 from stillhouse.recipes.sws_learngene.recipe import Config, auxiliary, descend, distill
 from stillhouse.run import Run
+from stillhouse.students.parametrized import Symmetric, bake, parametrize_weights, weight_layers
 from stillhouse.students.plan import Plan
 from stillhouse.students.sharing import even_stages, share_by_stage, spread, starts
 from stillhouse.system import Clock
@@ -360,6 +363,40 @@ def test_the_command_says_what_is_missing(tmp_path, capsys):
     said = capsys.readouterr().err.strip()
     assert "--teacher is missing" in said and said.count("\n") == 0
     assert invoke(["run", "sws_learngene", "--depths", "0", "--out", str(tmp_path / "b")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--teacher", "stillhouse:cnn", "--stages", "2", "2", "--genes", "3"], "--genes does nothing here: --stages"),
+        (["--teacher", "stillhouse:cnn", "--alpha", "0", "--temperature", "2"], "--temperature does nothing here"),
+        (["--teacher", "stillhouse:cnn", "--teacher-lr", "0.1"], "--teacher-lr does nothing here"),
+        (["--teacher", "stillhouse:cnn", "--tune-epochs", "0", "--tune-lr", "1"], "--tune-lr does nothing here"),
+        (["--model", "GENE", "--teacher", "stillhouse:cnn"], "--teacher does nothing here: --model is of another run"),
+        (["--model", "GENE", "--epochs", "3"], "--epochs does nothing here: --model is of another run"),
+    ],
+)
+def test_flags_that_do_nothing_are_refused(flags, says, made, tmp_path, capsys):
+    flags = [str(made[0] / "students/learngene") if f == "GENE" else f for f in flags]
+    assert invoke(["run", "sws_learngene", "--data", "digits", *flags, "--out", str(tmp_path / "a")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert says in said and said.count("\n") == 0
+
+
+def test_a_quantised_student_gives_its_values_and_not_its_codes(tmp_path):
+    """`--model` of another run: a pipeline's student of 8 bits, made deeper, loads from its folder alone."""
+    network, plan = SMALL.build(seed=2).eval(), Plan.identity(SMALL.build())
+    parametrize_weights(network, weight_layers(network), lambda path, layer: Symmetric(8))
+    member = Member("small", network, plan.then(*bake(network)), spec=SMALL)
+    Family([member], SMALL.shape, tuple("abcdefghij"), network, SMALL).save(tmp_path)
+    cfg = replace(TINY, depths=(6,), tune_epochs=0.0)
+    gene = gene_of(str(tmp_path / "students/small"), cfg)
+    family = descend(Run(tmp_path, quiet=True, device="cpu"), load("digits", limit=64), gene, cfg)
+    family.save(tmp_path / "deeper")
+    again = stillhouse.load(tmp_path / "deeper/students/d06")
+    with torch.no_grad():
+        assert torch.equal(again(torch.ones(1, 1, 8, 8)), family["d06"].model(torch.ones(1, 1, 8, 8)))
+    assert torch.equal(again.blocks[0].mlp.fc1.weight, network.blocks[0].mlp.fc1.weight)
 
 
 def test_the_defaults_have_the_published_schedule():

@@ -21,7 +21,7 @@ from stillhouse.data import Arrays, load
 from stillhouse.engine import fit
 from stillhouse.errors import UserError
 from stillhouse.export import export
-from stillhouse.recipes.tinyclip.experiment import OPTIONS, TINY, given, small_clip, tiny
+from stillhouse.recipes.tinyclip.experiment import ARMS, OPTIONS, PRESET, TINY, claims, given, small_clip, tiny
 from stillhouse.recipes.tinyclip.gates import Gates
 from stillhouse.recipes.tinyclip.measure import class_features, features, quality, retrieval, zero_shot
 from stillhouse.recipes.tinyclip.recipe import Config, distill
@@ -712,6 +712,22 @@ def data_tokenizer():
     return open_pairs("digits", limit=20, length=8).tokenizer
 
 
+def arm(**changes):
+    return [{"affinity_loss": 1.0, "accuracy": 0.5, "early": None, "sparsity": 0.25, "kept": 0.75, **changes}]
+
+
+def test_arms_and_claims_are_of_the_settings_asked_for():
+    for given_ in ({"inherit": "auto"}, {"inherit": "fresh", "alpha": 0.0}, {"image_depth": (3,), "text_width": (16,)}):
+        made = {name: replace(replace(PRESET, **given_), **changes) for name, changes in ARMS.items()}
+        assert [(c.inherit, c.alpha) for c in made.values()] == [
+            ("manual", 1.0), ("manual", 1.0), ("fresh", 1.0), ("manual", 0.0), ("auto", 1.0)
+        ]  # fmt: skip
+    names = ("inherited + affinity", "fresh + affinity", "gates + affinity")
+    found = claims({n: arm() for n in names}, 0.75, [0])  # a run too short for step 100, at another size
+    assert len(found) == 4 and [c.value for c in found[-2:]] == pytest.approx([0.0, 0.0])
+    assert len(claims({n: arm(early=2.0) for n in names}, 0.5, [0])) == 5
+
+
 def test_the_command_says_what_is_missing(tmp_path, capsys):
     flags = ["--data", "digits", "--device", "cpu", "--out", str(tmp_path / "run")]
     assert invoke(["run", "tinyclip", *flags]) == 2
@@ -720,3 +736,18 @@ def test_the_command_says_what_is_missing(tmp_path, capsys):
     assert invoke(["run", "tinyclip", "--model", f"hf:{tmp_path}/nowhere", *flags[:-1], str(tmp_path / "b")]) == 2
     assert "cannot be had as a CLIPModel" in capsys.readouterr().err
     assert invoke(["run", "tinyclip", "--alpha", "2", "--out", str(tmp_path / "c")]) == 2
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    parts = {"text_config": {**sizes, "vocab_size": 9}, "vision_config": {**sizes, "image_size": 8, "patch_size": 4}}
+    other = transformers.SiglipModel(transformers.SiglipConfig(**parts))
+    other.save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    for k, (more, says) in enumerate([
+        (["--model", f"hf:{tmp_path / 'other'}"], "is a model of type 'siglip'; expected a CLIPModel"),
+        (["--data", "nowhere", "--teacher-epochs", "1"], "emoji-captions, a folder with captions.jsonl"),
+        (["--teacher-epochs", "1", "--gate-lr", "1"], "--gate-lr does nothing here: it is of --inherit auto"),
+        (["--model", "mine:clip", "--teacher-lr", "1"], "--teacher-lr does nothing here"),
+        (["--teacher-epochs", "1", "--inherit", "auto", "--text-depth", "1", "1"], "by hand are for --inherit manual"),
+    ]):  # fmt: skip
+        assert invoke(["run", "tinyclip", *flags[:-1], str(tmp_path / str(k)), *more]) == 2
+        said = capsys.readouterr().err.strip()
+        assert says in said and said.count("\n") == 0, said

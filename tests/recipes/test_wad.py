@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from table import Row
 from torch import nn
 
@@ -18,6 +19,7 @@ from stillhouse.cli import invoke
 from stillhouse.data import Arrays, Batches, Data, Samples, Subset, load, split
 from stillhouse.data.pools import Joined, Labelled, Mismatch, Regrouped, Unlabelled, few, mismatch, part_of, unknowns
 from stillhouse.errors import UserError
+from stillhouse.flags import parse_flags
 from stillhouse.models import ModelSpec
 from stillhouse.recipes.wad.bank import NearestClass, fraction, gap, similarities, smallest, weights
 from stillhouse.recipes.wad.encoders import features, whitened_pca
@@ -26,11 +28,15 @@ from stillhouse.recipes.wad.growth import Growth
 from stillhouse.recipes.wad.recipe import WAD, Config, distill
 from stillhouse.recipes.wad.views import jitter, view
 from stillhouse.run import Run
+from stillhouse.students.whitened import contrast, whitened
 from stillhouse.system import Clock
 
 QUIET = {"flip": False, "shift": 0, "noise": 0.0}
 SIMCLR = {"teacher": "simclr", "simclr_epochs": 1.0, "simclr_batch": 24, "projection": 8, "augmented": True}
-ROWS = [Row("wad", "simclr", {**SIMCLR, "steps": 3, "rounds": 1, "shift": 2, "flip": True, "shared": False})]
+ROWS = [
+    Row("wad", "simclr", {**SIMCLR, "steps": 3, "rounds": 1, "shift": 2, "flip": True, "shared": False}),
+    Row("wad", "whitened", {"whiten": True, "rounds": 1}),
+]
 LABELS = {**QUIET, "rounds": 0, "grow": 0.0}
 ZERO = [(Row("wad", "beta 0", {**LABELS, "beta": 0.0}), Row("wad", "plain", LABELS, {"plain": True}))]
 JOINT = [Row("wad", "joint", {**QUIET, "optimizer": "sgd", "lr": 0.05})]  # every process draws noise of its own
@@ -107,6 +113,20 @@ def test_weights_follow_the_samples_and_are_not_normalised():
     each = O.cross_entropy(net.student(b["pool"]["input"]), torch.zeros(4, dtype=torch.long))
     expected = 0.5 * (torch.tensor([0.4, 0.1, 0.3, 0.2]) * each).sum() / 4
     assert float(terms["pool"].detach()) == pytest.approx(float(expected.detach()), abs=1e-12)
+
+
+def test_changes_at_random_stand_behind_the_whitening():
+    """The student gets jitter(W(g(x) − μ)); its weights alone are trained, and the finished one reads plain images."""
+    data, made = task(0, 0.6)
+    network, _ = whitened(STUDENT.build(seed=1), made.pool)
+    noisy = Config(**{**QUIET, "noise": 0.5, "beta": 0.0})
+    clock, few_ = Clock(), data.train.take(np.arange(6))
+    terms = WAD(network, noisy, 1).learn({"labelled": few_}, clock).terms
+    changed = jitter(network.front(few_["input"]), clock.generator("labelled"), flip=False, shift=0, noise=0.5)
+    expected = O.cross_entropy(network.body(changed), few_["label"]).mean()
+    assert torch.equal(terms["label"], expected)
+    plain = WAD(network, Config(**{**QUIET, "beta": 0.0}), 1).learn({"labelled": few_}, clock).terms["label"]
+    assert torch.equal(plain, O.cross_entropy(network(few_["input"]), few_["label"]).mean())
 
 
 # -- check 4 and 5: growing ---------------------------------------------------------------------------------------
@@ -348,6 +368,19 @@ def test_a_run_names_who_was_taken_in(tmp_path):
     assert 0 <= found["mass"] <= 1 and 0 <= found["wrong"] <= 1 and found["auroc"] == found["auroc_gap"]
 
 
+def test_a_whitened_student_is_read_back_and_its_teacher_is_not_whitened(tmp_path):
+    grown, made = run_of(tmp_path / "a", whiten=True)
+    bare, _ = run_of(tmp_path / "b")
+    assert torch.equal(grown.rounds[0]["similarity"], bare.rounds[0]["similarity"])  # the encoder sees plain images
+    student = grown["student"].model
+    data, _ = task(0, 0.6)
+    both = torch.cat([d.take(np.arange(len(d)))["input"] for d in (data.train, made.pool)]).double()
+    assert torch.allclose(student.front.mean.double(), contrast(both).flatten(1).mean(0), atol=1e-4)
+    grown.save(tmp_path / "a")
+    again, x = stillhouse.load(tmp_path / "a/students/student"), data.test.take(np.arange(4))["input"]
+    assert torch.equal(again(x), student(x))
+
+
 def test_ones_own_weights_and_encoder(tmp_path):
     data, made = task(0, 0.6)
     known = torch.from_numpy(made.known).float()
@@ -410,6 +443,10 @@ def test_the_command_with_an_encoder_by_folder(tmp_path):
         (["--grow", "2"], ["grow", "0 to 1"]),
         (["--weight", "gaps"], ["weight"]),
         (["--pool", "folder:/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["--per-class", "3", "--teacher", "pca", "--simclr-epochs", "9"], ["--simclr-epochs does nothing", "pca"]),
+        (["--per-class", "3", "--encoder", "x:y", "--components", "9"], ["--components does nothing", "--encoder"]),
+        (["--per-class", "3", "--whiten", "--image-size", "80"], ["6400 numbers", "--image-size"]),
+        (["--seeds", "0", "--per-class", "3"], ["--seeds", "got 0"]),
     ],
     ids=lambda v: " ".join(v)[:40],
 )  # fmt: skip
@@ -417,6 +454,31 @@ def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
     code = invoke([*COMMON, *flags, "--out", str(tmp_path / "x")])
     said = capsys.readouterr().err.strip()
     assert code == 2 and "\n" not in said and all(w in said for w in words), said
+
+
+@pytest.mark.parametrize("flag", [["--per-class", "3"], ["--targets", "1", "2"], ["--pool", "digits"]])
+def test_what_the_user_brings_is_not_the_built_in_experiment(flag):
+    options, config = parse_flags("wad", [*flag, "--out", "x"])
+    assert options.own and config == Config()
+    options, config = parse_flags("wad", ["--out", "x"])
+    assert not options.own and config != Config()
+
+
+def test_a_pool_with_a_broken_image(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3), dtype=np.uint8)
+    for k, image in enumerate(pixels):
+        home = tmp_path / "data" / "ab"[k % 2]
+        home.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(home / f"{k}.png")
+        (tmp_path / "pool").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "pool" / f"{k}.png")
+    (tmp_path / "pool/broken.png").write_bytes(b"no image")
+    how = ["--teacher", "pca", "--no-augmented", "--components", "4"]
+    flags = ["run", "wad", "--data", f"folder:{tmp_path}/data", "--pool", f"folder:{tmp_path}/pool", *how]
+    few_steps = ["--steps", "2", "--rounds", "1", "--model", "stillhouse:mlp", "--quiet"]
+    assert invoke([*flags, *few_steps, "--out", str(tmp_path / "a")]) == 2
+    assert "--skip-bad" in capsys.readouterr().err
+    assert invoke([*flags, *few_steps, "--skip-bad", "--out", str(tmp_path / "b")]) == 0
 
 
 def test_mistakes_in_python(tmp_path):

@@ -345,7 +345,7 @@ def test_a_refitted_head_reads_better_and_says_how_sure_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("net", "words"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Conv1d(1, 1, 1)), "no nn.Linear"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.LogSoftmax(1)), "not the output of an nn.Linear"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), "expected the 10 classes"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False)), "and a bias"),
     ],
@@ -376,7 +376,7 @@ def test_the_mixture_loss_by_hand():
     q, t, e = student(X).softmax(1), teacher(X).softmax(1), F.one_hot(batch["label"], 4).double()
     by_hand = alpha * F.mse_loss(q, e) + (1 - alpha) * F.mse_loss(q, t)  # the mean over classes, as released
     by_hand = by_hand + penalty * (student.weight.square().sum().sqrt() + student.bias.square().sum().sqrt())
-    assert float(found.total) == pytest.approx(float(by_hand), abs=1e-12)
+    assert found.total.item() == pytest.approx(by_hand.item(), abs=1e-12)
     assert set(found.terms) == {"label", "teach", "norm"}
 
 
@@ -420,8 +420,8 @@ def test_steps_of_networks(tmp_path):
     assert [m.name for m in family.members] == ["g0", "g1", "g2"]
     stages = {p.name for p in (tmp_path / "stages").iterdir()}
     assert stages == {"generation0", "generation1", "generation2", "on-teacher1-0", "on-teacher2-0"}
-    weights = [float(w) for w in family.notes[0].split(": ")[1].split(", ")]
-    assert weights[0] == 1.0 and all(0 <= w <= 1 for w in weights)
+    weights = [r["label_weight"] for r in family.logs if "label_weight" in r]
+    assert weights[0] == 1.0 and len(weights) == 3 and all(0 <= w <= 1 for w in weights)
     fixed = networks(run_in(tmp_path / "fixed"), data, MLP, replace(cfg, weight="fixed"))
     assert fixed.notes == ["weight of the labels, by step: 1.000, 0.200, 0.200"]
     assert torch.equal(fixed["g0"].model[1].weight, family["g0"].model[1].weight)
@@ -433,6 +433,66 @@ def test_what_goes_with_which_method_is_told(tmp_path):
         distill(run_in(tmp_path), data, cfg=Config())
     with pytest.raises(UserError, match="needs Data and a model"):
         distill(run_in(tmp_path), data, cfg=Config(method="networks"))
+    with pytest.raises(UserError, match="needs a ModelSpec, got MLP"):
+        networks(run_in(tmp_path), data, MLP.build())
+
+
+class Registered(nn.Module):
+    """A classifier whose head is not the linear layer that was registered last."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.hidden = nn.Linear(8, 10), nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.head(self.hidden(x.flatten(1)).relu())
+
+
+def test_the_head_is_what_gives_the_logits_wherever_it_is_registered(tmp_path):
+    data, net = load("digits", limit=120), Registered()
+    made = last_layer(run_in(tmp_path), data, net, Config(method="last-layer"))["student"].model
+    assert torch.equal(made.hidden.weight, net.hidden.weight) and not torch.equal(made.head.weight, net.head.weight)
+
+
+X_OK, WORDS = np.random.default_rng(0).normal(size=(40, 3)), np.array(["a", "b"] * 20)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "words"),
+    [
+        (np.where(X_OK > 2, np.nan, X_OK), WORDS, "x.*NaN"),
+        (X_OK, np.append(np.arange(39.0), np.nan), "y.*NaN"),
+        (X_OK, np.ones(40), "constant"),
+        (X_OK, np.zeros(40, int), "two classes"),
+        (np.array([["a"]] * 40), WORDS, "must be numbers"),
+        (X_OK, np.array([1, "a"] * 20, dtype=object), "targets must be numbers"),
+        (X_OK, np.zeros((40, 2), int), "targets must be numbers"),
+        (X_OK, WORDS[:30], "as many targets"),
+        (1.0, WORDS, "as many targets"),
+    ],
+)
+def test_tables_that_cannot_be_learned_are_told(x, y, words):
+    with pytest.raises(UserError, match=words):
+        from_table("mine", x, y)
+
+
+def test_a_limit_is_of_the_training_part(monkeypatch):
+    whole, few = problem("breast_cancer", 3), problem("breast_cancer", 3, limit=50)
+    assert len(few.x[0]) == 50 and torch.equal(few.x[1], whole.x[1]) and torch.equal(few.x[2], whole.x[2])
+    rows = {tuple(r) for r in whole.x[0].tolist()}
+    assert all(tuple(r) in rows for r in few.x[0].tolist())
+    assert abs(float(few.y[0].mean() - whole.y[0].mean())) < 0.05  # the classes keep their shares
+
+
+def test_a_kernel_matrix_too_large_is_told_before_it_is_made(tmp_path, monkeypatch):
+    from stillhouse.recipes.weighted_ground_truth_self_distillation import recipe
+
+    monkeypatch.setattr(recipe, "MOST", 100)
+    with pytest.raises(UserError, match="--landmarks"):
+        kernel(run_in(tmp_path), problem("diabetes"), Config())
+    with pytest.raises(UserError, match="at most the 265"):
+        kernel(run_in(tmp_path), problem("diabetes"), Config(landmarks=266))
+    kernel(run_in(tmp_path), problem("diabetes"), Config(landmarks=30))
 
 
 @pytest.mark.parametrize(
@@ -440,7 +500,14 @@ def test_what_goes_with_which_method_is_told(tmp_path):
     [
         (["--alpha", "-0.1"], ["alpha", "[0, 1]"]),
         (["--steps", "0"], ["steps", "from 1"]),
-        (["--model", "stillhouse:cnn"], ["--method kernel", "no network"]),
+        (["--model", "stillhouse:cnn"], ["--model does nothing", "--method kernel"]),
+        (["--student", "stillhouse:cnn"], ["--student does nothing", "--method kernel"]),
+        (["--data", "diabetes", "--epochs", "3"], ["--epochs does nothing", "--method kernel"]),
+        (["--data", "diabetes", "--alpha", "0.3"], ["--alpha does nothing", "--weight optimal"]),
+        (["--data", "diabetes", "--label-noise", "0.1"], ["--label-noise does nothing"]),
+        (["--method", "networks", "--data", "digits", "--teacher", "x"], ["--teacher does nothing", "networks"]),
+        (["--method", "networks", "--data", "digits", "--ridge", "1"], ["--ridge does nothing", "networks"]),
+        (["--method", "networks", "--model", "torchvision:resnet18", "--data", "digits"], ["cannot take inputs"]),
         (["--data", "nowhere"], ["nowhere"]),
         (["--data", "os:getcwd"], ["(x, y)", "str"]),
         (["--method", "last-layer", "--data", "digits"], ["one --teacher"]),

@@ -139,7 +139,7 @@ def test_commands_parse(page: Path) -> None:
     for argv in commands("\n".join([*shell, indented])):
         argv = ["run", *argv] if argv[:1] == ["distill"] else argv
         if argv[:1] == ["run"] and "--help" not in argv:
-            flags.parse_flags(argv[1], argv[2:])
+            flags.refuse_idle(argv[2:], *flags.parse_flags(argv[1], argv[2:]))
         elif argv[:1] != ["run"]:
             cli.build_parser().parse_args(argv)
 

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from stillhouse import objectives as O
-from stillhouse.comparisons import KNOWN, Objective, taps_of
+from stillhouse.comparisons import KNOWN, RANGES, Comparison, Objective, as_map, grid, taps_of
 from stillhouse.distill import Distill
 from stillhouse.errors import UserError
 from stillhouse.system import Clock, Signals
-from stillhouse.teachers import EMA, Frozen, Sequence
+from stillhouse.teachers import EMA, Ensemble, Frozen, Sequence
 
 
 def net(seed=0, classes=3):
@@ -233,3 +233,121 @@ def test_features_that_cannot_be_compared_are_told_before_the_first_step():
         Distill(Maps(3, 5, 2), Frozen(Maps(4, 6, 1)), objectives=["attention:second:1"])
     with pytest.raises(UserError, match="something to learn from"):
         Distill(net(), None, objectives=[], label=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("kd:1?T=0", "T must be a positive number, got 0"),
+        ("kd:1?T=-4", "T must be"),
+        ("kd:1?T=inf", "T must be"),
+        ("kd:1?T=nan", "T must be"),
+        ("js:1?beta=1", "beta must be a number between 0 and 1"),
+        ("kd:1?ramp=-1", r"ramp must be a part of the run in \[0, 1\]"),
+        ("kd:1?until=0", r"until must be a part of the run in \(0, 1\]"),
+        ("pld:1?topk=2.5", "topk must be a whole number"),
+        ("attention:a:1?p=0.5", "p must be"),
+        ("overhaul:a:1?margin=1", "margin must be"),
+        ("contrastive:a:1?width=0", "width must be"),
+    ],
+)
+def test_options_out_of_range_are_told(text, words):
+    with pytest.raises(UserError, match=words):
+        Objective.parse(text)
+
+
+def test_every_option_has_a_range():
+    for name, (_, _, defaults) in KNOWN.items():
+        for key, value in defaults.items():
+            fits, _ = RANGES.get(f"{name} {key}", RANGES[key])
+            assert fits(value), (name, key)
+
+
+def test_the_teacher_is_not_asked_past_until():
+    asked = []
+
+    def teacher(batch):
+        asked.append(len(asked))
+        return Signals(logits=torch.zeros(16, 3))
+
+    system = Distill(net(), teacher, objectives=["kd:1?until=0.5", "js:1?until=0.3"], label=1.0)
+    for step in range(10):
+        terms = system.learn(batches(1)[0], Clock(step=step, steps=10))
+        terms.total.backward()
+        kd, js = (float(terms.terms[k].detach()) for k in ("kd", "js"))
+        assert (kd == 0) == (step >= 5) and (js == 0) == (step >= 3)
+    assert len(asked) == 5
+    with pytest.raises(UserError, match="nothing is left to learn from"):
+        Distill(net(), teacher, objectives=["kd:1?until=0.5"], label=0.0)
+
+
+# -- tokens beside maps, channels last, margins ------------------------------------------------------------------------
+
+
+def as_tokens(maps, front):
+    """Patches row by row behind `front` class tokens of 1e6, as `as_map` leaves them."""
+    flat = maps.flatten(2)
+    return torch.cat([torch.full((*flat.shape[:2], front), 1e6), flat], 2).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("front", [0, 1, 2, 5])
+@pytest.mark.parametrize(("side", "like"), [((8, 8), (5, 5)), ((6, 9), (2, 3)), ((4, 5), (7, 9))])
+def test_tokens_become_rows_and_columns(front, side, like):
+    maps = torch.arange(2 * 3 * side[0] * side[1], dtype=torch.float32).view(2, 3, *side)
+    assert torch.equal(grid(as_tokens(maps, front), like), maps)
+
+
+def test_tokens_that_are_no_grid_are_told():
+    with pytest.raises(UserError, match="47 tokens are no grid of the proportions 7×7"):
+        grid(torch.zeros(2, 3, 47, 1), (7, 7))
+
+
+def test_a_transformer_is_compared_with_a_map_position_by_position():
+    maps = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    pooled = nn.functional.avg_pool2d(maps, 2)
+    for s, t in (([as_tokens(maps, 1)], [pooled]), ([pooled], [as_tokens(maps, 1)]), ([maps], [as_tokens(pooled, 2)])):
+        for name in ("feature", "attention", "nst"):
+            value = Comparison(Objective.parse(f"{name}:a:1"), s, t, image=(32, 32))(s, t)
+            torch.testing.assert_close(value, torch.zeros(2), atol=1e-6, rtol=0)
+    turned = pooled.transpose(2, 3)  # a wrong order of the positions is seen
+    both = [as_tokens(maps, 1)], [turned]
+    assert Comparison(Objective.parse("feature:a:1"), *both, image=(32, 32))(*both).min() > 0.1
+
+
+def test_maps_with_channels_last_are_turned():
+    image, maps = torch.zeros(2, 3, 32, 32), torch.randn(2, 24, 8, 8)
+    assert torch.equal(as_map(maps.permute(0, 2, 3, 1), image), maps) and as_map(maps, image) is maps
+    flat = torch.randn(2, 24, 4, 8)
+    assert torch.equal(as_map(flat.permute(0, 2, 3, 1), torch.zeros(2, 3, 16, 32)), flat)
+    with pytest.raises(UserError, match="token=99: the sequence has 65 positions"):
+        as_map(torch.zeros(2, 65, 4), image, token=99)
+
+
+def test_overhaul_takes_its_margins_from_the_teachers_batch_norm():
+    teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    teacher[1].bias.data = torch.tensor([-1.0, 0.0, 0.5, -2.0])
+    student = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+    def said(text):
+        asked = Frozen(teacher, taps=taps_of([text]))
+        system = Distill(student, asked, objectives=[text], label=0.0, example=IMAGES)
+        return system.learn(IMAGES, Clock()).terms["overhaul"], system
+
+    value, system = said("overhaul:0=1:1")
+    with torch.no_grad():
+        t, s = teacher[:2](IMAGES["input"]), student[0](IMAGES["input"])
+    torch.testing.assert_close(value, O.overhaul(t, s, O.negative_mean(teacher[1])).mean())
+    assert system.described[0][3] == "margins of a batch norm" and not any("margin" in k for k in system.state_dict())
+    torch.testing.assert_close(said("overhaul:0=1:1?margin=-0.5")[0], O.overhaul(t, s, -0.5).mean())
+    assert abs(float(said("overhaul:0=1:1?margin=0")[0].detach()) - float(value.detach())) > 1e-3
+
+
+def test_features_of_one_of_several_teachers():
+    a, b = Maps(4, 6, 1, seed=9), Maps(2, 3, 1, seed=8)
+    both = Ensemble([Frozen(a, taps=["second"]), Frozen(b, taps=["first"])])
+    objectives = ["cka:second=1/second:1", "rkd-angle:second=2/first:1"]
+    system = Distill(Maps(3, 5, 2), both, objectives=objectives, label=0.0, example=IMAGES)
+    terms = system.learn(IMAGES, Clock()).terms
+    s = system.student.second(system.student.first(IMAGES["input"]).relu())
+    torch.testing.assert_close(terms["cka"], O.cka(a.second(a.first(IMAGES["input"]).relu()), s).mean())
+    torch.testing.assert_close(terms["rkd-angle"], O.relative_angle(b.first(IMAGES["input"]), s).mean())

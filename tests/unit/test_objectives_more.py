@@ -252,3 +252,99 @@ def test_gradients_reach_the_student_alone(loss):
     t, s = A.clone().requires_grad_(), rand(5, 7, seed=11).requires_grad_()
     loss(t, s).mean().backward()
     assert t.grad is None and torch.isfinite(s.grad).all() and s.grad.abs().max() > 0
+
+
+# -- what has no reference above, and extreme inputs -------------------------------------------------------------------
+
+
+def test_normalised_kd_against_loops():
+    t, s, tau, gamma = T.numpy(), S.numpy(), 2.0, 1.5
+    expected = []
+    for a, b, y in zip(t, s, Y.numpy()):
+        own = -softmax(a)[y] * np.log(softmax(b)[y])
+        p, q = softmax(np.delete(a, y) / tau), softmax(np.delete(b, y) / tau)
+        expected.append(own - gamma * tau**2 * (p * np.log(q)).sum())
+    close(O.normalised_kd(T, S, Y, tau, gamma), expected)
+    assert gradcheck(lambda z: O.normalised_kd(T, z, Y, tau), S.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("loss", [O.normalised_kd, O.decoupled_kl])
+def test_the_label_of_mixed_targets_is_their_largest(loss):
+    soft = 0.7 * F.one_hot(Y, 5).double() + 0.3 * F.one_hot((Y + 1) % 5, 5)
+    close(loss(T, S, soft), loss(T, S, Y).numpy())
+
+
+def rows_of_gram(x):
+    g = np.array([[a @ b for b in x] for a in x])
+    return g / np.linalg.norm(g, axis=1, keepdims=True)
+
+
+def test_similarity_and_inter_channel_against_loops():
+    t, s = MAPS_T.numpy(), rand(3, 4, 3, 3, seed=12)
+    expected = ((rows_of_gram(t.reshape(3, -1)) - rows_of_gram(s.numpy().reshape(3, -1))) ** 2).mean(1)
+    close(O.similarity(MAPS_T, s), expected)
+    each = [
+        ((rows_of_gram(a.reshape(4, -1)) - rows_of_gram(b.reshape(4, -1))) ** 2).sum() / 4 for a, b in zip(t, s.numpy())
+    ]
+    close(O.inter_channel(MAPS_T, s), each)
+
+
+LOGITS = {
+    "kl": O.kl, "reverse": O.reverse_kl, "symmetric": O.symmetric_kl, "js": O.jensen_shannon, "dist": O.dist,
+    "standardised": lambda t, s: O.kl(O.standardise(t), O.standardise(s)), "mse": O.mse,
+    **{f.__name__: (lambda t, s, f=f: f(t, s, torch.arange(len(t)) % t.shape[1]))
+       for f in (O.decoupled_kl, O.normalised_kd, O.plackett_luce)},
+}  # fmt: skip
+FEATURES = {
+    f.__name__: f
+    for f in (O.mse, O.cosine, O.overhaul, O.relative_distance, O.relative_angle, O.probabilistic, O.cka, O.contrastive,
+              O.similarity, O.inter_channel, O.attention_transfer, O.neuron_selectivity)
+} | {"vid": lambda t, s: O.variational(t, s, torch.zeros(t.shape[1])),
+     "flow": lambda t, s: O.mse(O.flow(t, t), O.flow(s, s))}  # fmt: skip
+
+
+def gradient(loss, t, s):
+    s = s.clone().requires_grad_()
+    value = loss(t, s)
+    assert value.shape == (len(t),) and value.isfinite().all()
+    (g,) = torch.autograd.grad(value.sum(), s)
+    assert g.isfinite().all()
+    return g
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_extreme_logits_stay_finite(name):
+    """Half-precision logits near the end of their range, one sample, two classes, logits that are all equal."""
+    for dtype in (torch.float16, torch.bfloat16):
+        gradient(LOGITS[name], rand(4, 5).to(dtype), rand(4, 5, seed=1).to(dtype))
+        if name != "mse":  # its gradient is as large as they are
+            large = ((1e4 * rand(4, 5, seed=k)).clamp(-6e4, 6e4).to(dtype) for k in (0, 1))
+            gradient(LOGITS[name], *large)
+    a, b = rand(4, 5).float(), rand(4, 5, seed=1).float()
+    for t, s in ((a[:1], b[:1]), (300 * a[:, :2], 300 * b[:, :2]), (a, 0 * b), (0 * a, b), (0 * a, 0 * b)):
+        gradient(LOGITS[name], t, s)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_dead_features_and_a_batch_of_one_stay_finite(name):
+    """A feature of zeros has no direction: it gets no gradient from one, rather than 1/eps times it."""
+    t, s = rand(4, 4, 3, 3).float(), rand(4, 4, 3, 3, seed=1).float()
+    dead, twins = s.clone(), s.clone()
+    dead[0], twins[1] = 0, twins[0]
+    for a, b in ((t[:1], s[:1]), (t, dead), (t, twins), (t, 0 * s), (0 * t, s), (0 * t, 0 * s), (t.half(), s.half())):
+        assert gradient(FEATURES[name], a, b).abs().max() < 100
+
+
+def test_relative_distances_do_not_see_what_all_samples_share():
+    x, y = rand(8, 16).float() * 0.01, rand(8, 16, seed=1)
+    exact = O.relative_distance(y, x.double() + 30)
+    np.testing.assert_allclose(O.relative_distance(y, x + 30), exact, rtol=0.02)
+    close(O.relative_distance(A[:1], B[:1]), [0.0])
+
+
+def test_options_out_of_range_are_told():
+    for beta in (0.0, 1.0):
+        with pytest.raises(UserError, match="beta must lie between 0 and 1"):
+            O.jensen_shannon(T, S, beta=beta)
+    with pytest.raises(UserError, match="p must be at least 1"):
+        O.attention_transfer(MAPS_T, MAPS_S, p=0.5)

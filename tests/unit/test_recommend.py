@@ -111,6 +111,16 @@ def test_candidates_are_all_combinations_that_the_system_takes(runs):
     assert len(candidates([r for r in few if not r.settings["label"]], refuses)) == 3
 
 
+def test_what_does_nothing_makes_no_pipeline_of_its_own():
+    """α is of the bound of mutual information: pipelines without it are one, whatever α stood beside them."""
+    made = [
+        configured("distiller_mi_alpha", {"intermediate": loss, "alpha": a}) for loss in ("mse", "mi") for a in (0, 1)
+    ]
+    assert made[0] == made[1] and made[0]["alpha"] == 0.9 and made[2] != made[3]
+    rows = [Recorded("t", "distiller_mi_alpha", s, {}, 1.0) for s in made]
+    assert len(candidates(rows, configured)) == 4  # mi with α = 0, 1 and the default; mse
+
+
 def test_advice_is_a_list_of_commands_that_parse(runs, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["recommend", str(runs), "--data", "digits", "--limit", "100", "--student", "stillhouse:mlp", "--top", "3"]

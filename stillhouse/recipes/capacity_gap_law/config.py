@@ -45,7 +45,10 @@ class Config:
         if self.shape and (len(self.shape) != 3 or min(self.shape) < 1):
             raise UserError(f"shape: expected width, heads and neurons of every block, got {list(self.shape)}")
         if self.shape and self.sizes:
-            raise UserError("shape says what the students are; drop sizes, or give sizes alone")
+            raise UserError(
+                "shape: it and sizes both say what the students are; give one of them (the built-in experiment has "
+                f"sizes {' '.join(self.sizes)}: bring --teacher or --model for a shape)"
+            )
         least = {"calibration": 1, "calibration_batch": 1, "multiple": 1, "chunk": 0, "teacher_steps": 0, "judged": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -54,6 +57,22 @@ class Config:
             raise UserError(f"expected alpha in [0, 1] and temperature > 0, got {self.alpha} and {self.temperature}")
         if min(self.drop) < 0:
             raise UserError(f"drop: expected two numbers of blocks from 0, got {list(self.drop)}")
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        found = dict[str, str]()
+        if self.units == "random":
+            found |= dict.fromkeys(("calibration", "calibration_batch"), "--units random reads no text")
+        if not self.alpha:
+            found |= {"temperature": "--alpha 0 asks no teacher"}
+        if not self.teacher_steps:
+            found |= {"teacher_lr": "teachers are taken as they come without --teacher-steps"}
+        if self.shape:
+            found |= {"multiple": "--shape says the sizes"}
+        if self.optimizer == "sgd" and not self.teacher_steps:
+            found |= {"weight_decay": "it is of --optimizer adamw"}
+        return found
 
     def training(self, lr: float, steps: int) -> Training:
         """How a network is trained with this learning rate for so long."""

@@ -8,7 +8,7 @@ stillhouse recommend --student-size 3B --law runs/law
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,11 @@ class OPTIONS(LanguageOptions):
     BRINGS: ClassVar[tuple[str, ...]] = ("model", "teacher")
 
     teacher: tuple[str, ...] = ()  # teachers, as --model; also RUN/students/NAME, and llama:WIDTH from scratch
+
+    def idle(self, config: Any) -> Mapping[str, str]:
+        if self.own:
+            return super().idle(config)
+        return dict.fromkeys(("start", "units"), "the built-in experiment compares them; bring --teacher or --model")
 
     def teachers(self, text: Corpus, seed: int) -> list[Member]:
         """The networks named by ``--model`` and ``--teacher``."""

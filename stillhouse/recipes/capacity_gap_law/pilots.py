@@ -30,11 +30,18 @@ class Pilot:
 
 
 def minima(pilots: Sequence[Pilot]) -> dict[tuple[float, int], Best]:
-    """The best teacher of each size of student and seed, where it has pilots with four teachers or more."""
-    groups: dict[tuple[float, int], dict[float, float]] = {}
+    """The best teacher of each size of student and seed, where it has pilots with teachers of four sizes or more.
+
+    Of teachers of one size the mean loss counts.
+    """
+    groups: dict[tuple[float, int], dict[float, list[float]]] = {}
     for p in pilots:
-        groups.setdefault((p.asked, p.seed), {})[p.teacher_size] = p.loss
-    return {key: best_teacher(found) for key, found in groups.items() if len(found) >= LEAST_TEACHERS}
+        groups.setdefault((p.asked, p.seed), {}).setdefault(p.teacher_size, []).append(p.loss)
+    return {
+        key: best_teacher({size: sum(losses) / len(losses) for size, losses in found.items()})
+        for key, found in groups.items()
+        if len(found) >= LEAST_TEACHERS
+    }
 
 
 def minima_of_means(pilots: Sequence[Pilot]) -> dict[float, Best]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,14 @@ from stillhouse.system import fold, map_tensors
 from stillhouse.text.windows import Corpus
 
 
-def prune(run: Run, text: Corpus, teacher: Member, cfg: Config, size: float = 0.0) -> Member:
+def prune(
+    run: Run, text: Corpus, teacher: Member, cfg: Config, size: float = 0.0, importance: Sequence[Tensor] | None = None
+) -> Member:
     """A student cut from its teacher: blocks from both ends, then channels, heads and neurons by importance.
 
     Args:
         text: of which calibration windows are taken. size: parameters; 0 takes ``cfg.shape``.
+        importance: of the teacher's units, as `importance_of` found it for another size.
 
     Raises:
         UserError: a size or shape that cannot be cut from this teacher.
@@ -37,7 +41,7 @@ def prune(run: Run, text: Corpus, teacher: Member, cfg: Config, size: float = 0.
     depth = len(units.heads)
     if first + last >= depth:
         raise UserError(f"drop {first} {last}: nothing stays of {depth} blocks")
-    importance = _importance(run, text, model, cfg)
+    importance = importance or importance_of(run, text, model, cfg)
     source = tuple(range(first, depth - last))
     ends = [Depth(path, source)] if len(source) < depth else []
     shallow = Plan.identity(model).then(*ends).build(model)
@@ -66,7 +70,8 @@ def _shaped(model: Any, importance: list[Tensor], shape: tuple[int, ...]) -> Pla
     return plan_of_widths(model, importance, Widths(width, heads // queries, neurons, even=True))
 
 
-def _importance(run: Run, text: Corpus, model: Any, cfg: Config) -> list[Tensor]:
+def importance_of(run: Run, text: Corpus, model: Any, cfg: Config) -> list[Tensor]:
+    """The importance of each group of units (`units_of`), by gradients on calibration windows, or drawn."""
     draw = np.random.default_rng(fold(run.seed, "calibration"))
     if cfg.units == "random":
         return [torch.from_numpy(draw.random(g.size)) for g in units_of(model).groups]

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stillhouse.data import Batches, prefetch
 from stillhouse.engine import Run, fit
@@ -22,7 +22,7 @@ from stillhouse.models import ModelSpec
 from stillhouse.outcomes import Member, Models
 from stillhouse.recipes.capacity_gap_law.config import Config
 from stillhouse.recipes.capacity_gap_law.pilots import Pilot, law_of
-from stillhouse.recipes.capacity_gap_law.pruning import prune
+from stillhouse.recipes.capacity_gap_law.pruning import importance_of, prune
 from stillhouse.recipes.capacity_gap_law.system import ChunkedDistill
 from stillhouse.recommend.law import PUBLISHED, Law, short
 from stillhouse.recommend.sizes import parse_size
@@ -81,9 +81,11 @@ def distill(
         check_language_model(t.model, text, f"teacher {t.name}")
     pairs, left = _pairs(known, cfg)
     train_teachers(run, text, known, cfg)
-    members, pilots = [], []
+    members, pilots, importance = [], [], dict[str, list[Tensor]]()
     for t, size in pairs:
-        student = prune(run, text, t, cfg, size)
+        if t.name not in importance:
+            importance = {t.name: importance_of(run, text, t.model, cfg)}
+        student = prune(run, text, t, cfg, size, importance[t.name])
         before = judged(run, student, text, cfg)
         taught(run, student, t.model, text, cfg)
         after = judged(run, student, text, cfg)

@@ -55,6 +55,22 @@ class Config:
             raise UserError(f"lr: method {self.method} needs one; only cast can derive it from how far weights must go")
 
     @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        of = {"cast": ("blocks", "decay", "reach"), "ste": ("ste_decay", "ste_ramp")}
+        found = {name: f"it is of --method {m}" for m, names in of.items() if m != self.method for name in names}
+        if self.method == "fixed":
+            found |= {"refresh": "--method fixed chooses its masks once"}
+        if not self.teach:
+            found |= {"temperature": "--teach 0 asks no teacher"}
+        if not self.steps:
+            of_training = ("refresh", "teach", "temperature", "lr", "decay", "reach", *of["ste"])
+            found |= dict.fromkeys(of_training, "--steps 0 trains nothing")
+        if not self.dense_steps:
+            found |= {"dense_lr": "the model is taken as it comes without --dense-steps"}
+        return found
+
+    @property
     def sparsity(self) -> Pattern:
         """The pattern that ``pattern`` names."""
         return Pattern.parse(self.pattern)

@@ -40,11 +40,12 @@ PRESET = Config(dense_steps=1200, dense_lr=8e-3, steps=400, batch=16)
 TINY = replace(PRESET, dense_steps=3, steps=4, refresh=2, batch=4, lr=1e-3, reach=0.0)
 SIZE = {"width": 64, "layers": 2, "heads": 4}
 AST = {"method": "ste", "teach": 0.67, "temperature": 2.0}
-ARMS: dict[str, dict[str, Any]] = {
-    "one-shot": {"steps": 0},
+CAST = {"method": "cast"}
+ARMS: dict[str, dict[str, Any]] = {  # all that their names say, whatever the flags are
+    "one-shot": {**CAST, "steps": 0},
     "fixed mask": {"method": "fixed", "lr": 4e-3},
     "AST": {**AST, "lr": 4e-3},
-    "CAST": {},
+    "CAST": CAST,
 }
 
 
@@ -102,7 +103,7 @@ def once(whole: Run, text: Corpus, changes: Mapping[str, Any], cfg: Config, run:
     network = spec.build(seed=run.seed)
     home = whole if run.seed == whole.seed else whole.child(f"given-{run.seed}", seed=run.seed, quiet=True)
     train_language_model(home, "dense", network, text, cfg.dense(), steps=cfg.dense_steps)
-    if home is whole and not changes:
+    if home is whole and replace(cfg, **changes) == cfg:
         models = distill(whole, text, spec, cfg)  # it is there already
     else:
         models = distill(run, text, spec, replace(cfg, **{"dense_steps": 0, **changes}), network=network)

@@ -52,18 +52,18 @@ def tiny(run: Run, cfg: Config = TINY, student: ModelSpec = STUDENT) -> Family:
 def main(run: Run, options: TeacherOptions, cfg: Config, command: str) -> Report | None:
     """One distillation as the command makes it; without flags also every objective on digits, over seeds."""
     data = options.load_data("digits")
-    if options.own or options.teacher:
-        if not options.teacher and cfg.objective:
+    if options.own:
+        if not options.teacher:
             raise UserError("--teacher is missing: give a trained network (RUN/students/NAME, timm:NAME, …)")
         student = options.spec(data, "stillhouse:cnn")
         network = options.network(student, run.seed)
-        teachers, look = options.teachers(data, fresh=bool(cfg.teacher_epochs))
-        family = distill(run, data, student, teachers, cfg, network=network, **look)
+        teachers, looks = options.each_teacher(data, fresh=bool(cfg.teacher_epochs))
+        family = distill(run, data, student, teachers, cfg, network=network, looks=looks)
     else:
         family = distill(run, data, STUDENT, TEACHER.build(seed=fold(run.seed, "teacher")), cfg)
     report = describe(run, family, data, command) if run.main else None
     run.barrier()
-    if not (options.own or options.teacher):
+    if not options.own:
         arms = trials(run, {arm: partial(once, *terms, cfg) for arm, terms in ARMS.items()}, options.children())
         if report is not None:
             report.claims += claims(arms, list(options.children()))

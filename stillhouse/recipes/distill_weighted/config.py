@@ -9,6 +9,8 @@ from typing import Literal
 from stillhouse.errors import UserError
 from stillhouse.similarity import metric
 
+SELECTS = ("metric", "rule", "power", "tune", "minmax", "cutoff", "probes", "folds")  # what a selection depends on
+
 
 @dataclass(frozen=True)
 class Config:
@@ -49,3 +51,15 @@ class Config:
             raise UserError(f"tune: expected powers from 0 to 1e6, got {self.tune}")
         if self.tune and self.rule == "nearest":
             raise UserError("tune: chooses the power of the weights; rule nearest has none, drop one of them")
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside these, and why."""
+        if self.label == 1:
+            return dict.fromkeys((*SELECTS, "half"), "with --label 1 no source is asked")
+        found = {"labelled_batch": "with --label 0 no label is read"} if self.label == 0 else {}
+        if self.tune:
+            found["power"] = "--tune chooses it"
+        if self.rule == "nearest":
+            found |= dict.fromkeys(("power", "minmax", "cutoff"), "--rule nearest has one source and no weights")
+        return found

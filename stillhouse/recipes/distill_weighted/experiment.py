@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from stillhouse.trials import Results, mean, table, trials
 @dataclass(frozen=True)
 class OPTIONS(ImageOptions):
     """Images with few labels, source models and a student."""
+
+    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "sources", "per_class", "pool", "cache")
 
     seeds: int = 6  # seeds for the claims of the built-in experiment
     sources: tuple[str, ...] = ()  # trained networks: RUN/students/NAME, timm:NAME, module:function, NAME=FILE
@@ -67,7 +69,7 @@ def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None
     if options.own:
         data, pool = own_task(options)
         sources = [open_encoder(name, data) for name in options.sources]
-        if not sources:
+        if not sources and cfg.label < 1:
             raise UserError("--sources is missing: give trained networks (RUN/students/NAME, timm:NAME, …)")
         spec = options.spec(data, "stillhouse:cnn")
         network = options.network(spec, run.seed)
@@ -101,7 +103,8 @@ def own_task(options: OPTIONS) -> tuple[Data, Samples]:
     if options.per_class is not None:
         train, rest = few(whole.train, options.per_class, options.seed)
     if options.pool is not None:
-        rest = open_pool(options.pool, whole.train, image_size=options.image_size, augment=options.augment)
+        how: dict[str, Any] = {k: getattr(options, k) for k in ("image_size", "augment", "skip_bad")}
+        rest = open_pool(options.pool, whole.train, **how)
     note = f"{len(train)} labelled samples, {len(rest)} in the pool"
     return Data(whole.name, train, whole.test, extra=whole.extra, notes=(*whole.notes, note)), Unlabelled(rest)
 

@@ -18,10 +18,11 @@ from stillhouse.data import Batches, Data, Samples, prefetch, together
 from stillhouse.encoders import Encoder
 from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
-from stillhouse.evaluate import call, count_params, evaluating, logits_of
+from stillhouse.evaluate import call, count_params, logits_of
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
+from stillhouse.plain import check_classes
 from stillhouse.recipes.distill_weighted.config import Config
 from stillhouse.recipes.distill_weighted.selection import Selection, mixed, remembered
 from stillhouse.system import Batch, Clock, System, Teacher, Terms, Update
@@ -117,10 +118,7 @@ def distill(
     cfg, began = cfg or Config(), time.monotonic()
     spec, network = spec_and_network(student, network, run.seed)
     example = data.train.take(np.arange(min(2, len(data.train))))["input"]
-    with torch.no_grad(), evaluating(network):
-        outputs = logits_of(call(network.cpu(), example)).shape[1]
-    if outputs != len(data.classes):
-        raise UserError(f"the student gives {outputs} logits, but {data.name} has {len(data.classes)} classes")
+    check_classes(network.cpu(), [], {"input": example}, data)
     selection, teacher, base = None, None, network
     cost: dict[str, Any] = {"samples": len(data.train), "pool": len(pool)}
     unlabelled = Batches(pool, cfg.batch, seed_with="pool")
@@ -138,9 +136,7 @@ def distill(
     system = Weighted(network, teacher, cfg)
     steps = max(1, round(cfg.epochs * unlabelled.steps_per_epoch))
     fit(run, "distill", system, prefetch(together(**parts), run.workers), steps=steps, settings=cfg)
-    network.cpu().eval()
     cost |= {"steps": steps, "seconds": time.monotonic() - began}
-    return Chosen(
-        [Member("student", network, spec=spec)], tuple(data.shape), tuple(data.classes), base, spec, cost,
-        logs=run.log("distill"), base_name="nearest source" if selection else "", selection=selection,
-    )  # fmt: skip
+    members, name = [Member("student", network, spec=spec)], "nearest source" if selection else ""
+    logs = run.log("distill")
+    return Chosen.of(data, members, base, spec, cost, logs=logs, base_name=name, selection=selection)

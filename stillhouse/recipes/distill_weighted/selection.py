@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stillhouse.checkpoint import difference
 from stillhouse.data import Samples, Subset
 from stillhouse.data.cache import SignalCache
 from stillhouse.encoders import Encoder, Probed, encode
 from stillhouse.errors import UserError
 from stillhouse.export import read_tensors, save_tensors
-from stillhouse.recipes.distill_weighted.config import Config
+from stillhouse.recipes.distill_weighted.config import SELECTS, Config
 from stillhouse.run import Run
 from stillhouse.similarity import METRICS, Probe, probe, weights_of
 from stillhouse.system import fold
@@ -136,14 +137,22 @@ def select(
 
 
 def remembered(run: Run, sources: Sequence[Encoder], labelled: Samples, cfg: Config) -> Selection:
-    """`select`, made once and read back from the run folder: every process and every resume has the same answer."""
+    """`select`, made once and read back from the run folder: every process and every resume has the same answer.
+
+    Raises:
+        UserError: the folder holds that of other settings, samples or sources.
+    """
     home = run.folder / "selection"
+    of = {k: v for k, v in asdict(cfg).items() if k in SELECTS} | {"tune": list(cfg.tune), "seed": run.seed}
+    of |= {"labelled": labelled.fingerprint, "sources": [Frozen(s).fingerprint for s in sources]}
     if not (home / FILES[1]).exists() and run.main:
         made = select(sources, labelled, cfg, seed=run.seed, device=run.device)
         facts = {k: v for k, v in asdict(made).items() if k != "heads"}
-        save_tensors(home, made.heads, facts, FILES)
+        save_tensors(home, made.heads, {**facts, "of": of}, FILES)
     run.barrier()
     heads, facts = read_tensors(home, FILES)
+    if (then := facts.pop("of", {})) != of:
+        raise UserError(f"{home} holds a selection made otherwise ({difference(then, of)}); give a new run folder")
     facts["power"] = math.inf if facts["power"] is None else facts["power"]  # JSON has no infinity
     return Selection(**facts, heads=heads)
 

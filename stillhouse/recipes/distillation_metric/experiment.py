@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,9 +40,22 @@ from stillhouse.trials import claim, difference, trials
 class OPTIONS(ImageOptions):
     """Images, a teacher and students that are trained already."""
 
+    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher", "student")
+
     model: str | None = None  # the teacher of a ladder, to be trained: stillhouse:NAME, torchvision:NAME, …
     teacher: str | None = None  # a trained teacher: RUN/students/NAME, or package.module:function
     student: tuple[str, ...] = ()  # trained students, likewise; they are scored, and nothing is trained
+
+    def idle(self, config: Config) -> dict[str, str]:
+        """What is of a teacher to be trained, beside a trained one; what is of training, where nothing is trained."""
+        found = dict[str, str]()
+        if self.teacher:
+            of_fresh = ("model", "pretrained", "stem", "teacher_epochs")
+            found |= dict.fromkeys(of_fresh, "--teacher is trained already")
+        if self.student:
+            of_training = [f.name for f in fields(config) if f.name != "alpha"]
+            found |= dict.fromkeys((*of_training, "augment"), "--student scores trained models, and nothing is trained")
+        return found
 
 
 PRESET = Config()
@@ -66,10 +79,11 @@ def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None
     elif options.teacher:
         family = distill(run, data, opened(options.teacher, data).model, cfg=replace(cfg, teacher_epochs=0.0))
     else:
-        family = distill(run, data, options.spec(data, "stillhouse:cnn") if options.own else TEACHER, cfg=cfg)
+        spec = options.spec(data, "stillhouse:cnn") if options.own else TEACHER
+        family = distill(run, data, spec, cfg=cfg, network=options.network(spec, run.seed))
     report = describe(run, family, data, cfg, command) if run.main else None
     run.barrier()
-    if not (options.own or options.teacher):
+    if not options.own:
         seeds = list(options.children())
         arms = trials(run, {"ladder": partial(once, cfg)}, seeds)
         if report is not None:

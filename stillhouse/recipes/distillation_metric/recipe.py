@@ -18,8 +18,9 @@ from stillhouse.distill import Distill
 from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
 from stillhouse.family import Family
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
+from stillhouse.plain import check_classes
 from stillhouse.recipes.distillation_metric.copies import int8, pruned
 from stillhouse.score import checked_alpha
 from stillhouse.system import Teacher, fold
@@ -72,6 +73,8 @@ def distill(
     teacher: nn.Module | ModelSpec,
     students: Mapping[str, ModelSpec] | None = None,
     cfg: Config | None = None,
+    *,
+    network: nn.Module | None = None,
 ) -> Family:
     """Trains every student under the teacher and, from the same first weights, on labels alone; copies the teacher.
 
@@ -81,6 +84,7 @@ def distill(
         teacher: a trained network, or a network or its description that `cfg.teacher_epochs` train first.
         students: descriptions by name; None takes `ladder`.
         cfg: settings.
+        network: the teacher with weights of its own where `teacher` is only a `ModelSpec`.
 
     Returns:
         a family with the teacher as its base: ``NAME``, ``NAME-alone``, ``pruned``, ``int8``. Its rows in a report are
@@ -90,12 +94,14 @@ def distill(
         UserError: settings, classes or features that do not fit.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = teacher if isinstance(teacher, ModelSpec) else None
-    master = teacher.build(seed=fold(run.seed, "teacher")) if isinstance(teacher, ModelSpec) else teacher
+    spec, master = spec_and_network(teacher, network, fold(run.seed, "teacher"))
+    named = dict(students or ladder(data, cfg))
+    for model in (master, *(described.build() for described in named.values())):
+        check_classes(model, [], data.train.take(np.arange(min(2, len(data.train)))), data)
     if cfg.teacher_epochs:
         teach(run, "teacher", master, None, data, cfg, cfg.teacher_epochs)
     members = []
-    for name, described in (students or ladder(data, cfg)).items():
+    for name, described in named.items():
         for suffix, ask in (("", master), ("-alone", None)):
             if ask is not None or cfg.alone:
                 student = described.build(seed=fold(run.seed, name))

@@ -21,6 +21,7 @@ LOSSES: dict[str, tuple[str, float, str]] = {
     "pkd": ("cosine", 2.0, "token=0"),  # ‖t/‖t‖ − s/‖s‖‖² of [CLS] = 2 (1 − cos)
     "gram": ("similarity", 1.0, ""),
 }
+OF_LAYERS = ("alpha", "critic", "layer_map", "features", "student_layers", "teacher_layers")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,22 @@ class Config:
         for text in self.edits:
             stage(text, self.language_model)
         self.plain(())
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside these, and why."""
+        found = dict[str, str]()
+        if self.intermediate == "none":
+            found |= dict.fromkeys((*OF_LAYERS, "intermediate_weight"), "--intermediate none compares no layers")
+        elif not self.intermediate_weight:
+            found |= dict.fromkeys((*OF_LAYERS, "intermediate"), "--intermediate-weight 0 compares no layers")
+        elif self.intermediate != "mi":
+            found |= dict.fromkeys(("alpha", "critic"), f"it is of --intermediate mi, not {self.intermediate}")
+        if self.prediction == "none":
+            found |= dict.fromkeys(("temperature", "prediction_weight"), "--prediction none compares no logits")
+        if not any(text.startswith("contextual") for text in self.edits):
+            found["language_model"] = "it is of --edits contextual:P"
+        return found
 
     def plain(self, objective: Sequence[str], **changes: Any) -> plain.Plain:
         """The same run as a plain distillation by these objectives."""

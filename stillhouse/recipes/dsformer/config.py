@@ -7,12 +7,12 @@ from typing import Literal
 
 from stillhouse.comparisons import Objective
 from stillhouse.errors import UserError
-from stillhouse.plain import Plain
+from stillhouse.plain import Moves
 from stillhouse.students.dense_sparse import Blocks
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Moves):
     """Settings of a DSFormer run; every field is a flag."""
 
     method: Literal["W", "C", "fixed", "svd"] = "W"  # what trains: W, D and a shadow of S, D·S as found, or low rank
@@ -42,8 +42,8 @@ class Config:
             raise UserError(f"ratio: expected a part of the bytes between 0 and 1, got {self.ratio}")
         for t in self.nonzeros or (0,):
             Blocks(self.block, t).check()
-        for name, low in {"sweeps": 1, "per_step": 0, "freeze": 0, "kd": 0, "teacher_epochs": 0, "epochs": 0,
-                          "batch": 1, "lr": 0, "clip": 0, "least_outputs": 1}.items():  # fmt: skip
+        for name, low in {**self.LEAST, "sweeps": 1, "per_step": 0, "freeze": 0, "kd": 0, "epochs": 0, "lr": 0,
+                          "least_outputs": 1}.items():  # fmt: skip
             if not getattr(self, name) >= low:
                 raise UserError(f"{name}: expected a number from {low}, got {getattr(self, name)}")
         if self.freeze > 1 or self.kd > 1 or not self.temperature > 0:
@@ -53,13 +53,24 @@ class Config:
             )
 
     @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        found = {}
+        if self.method != "W":
+            found["per_step"] = "it is of --method W"
+        if self.method in ("fixed", "svd"):
+            found["freeze"] = "it is of --method W and C, which search for places"
+        if self.method == "svd":
+            found |= dict.fromkeys(("block", "nonzeros", "sweeps"), "--method svd has no sparse factor")
+        if not self.kd:
+            found["temperature"] = "--kd 0 has no KL"
+        if not self.teacher_epochs:
+            found["teacher_lr"] = "--teacher-epochs 0 does not train the network first"
+        if not self.epochs:
+            found |= dict.fromkeys(("freeze", "kd", "temperature", "lr"), "--epochs 0 trains nothing")
+        return found
+
+    @property
     def losses(self) -> dict[str, object]:
         """What `Distill` is to minimise: (1 − kd)·CE + kd·T² KL to the network as it was."""
         return {"objectives": [Objective("kd", self.kd, options={"T": self.temperature})], "label": 1 - self.kd}
-
-    def moves(self, lr: float) -> Plain:
-        """The optimiser's part of the settings, as plain distillation has them."""
-        return Plain(
-            (), batch=self.batch, optimizer=self.optimizer, lr=lr, lr_warmup=self.lr_warmup,
-            weight_decay=self.weight_decay, clip=self.clip,
-        )  # fmt: skip

@@ -22,7 +22,7 @@ from stillhouse.export import WEIGHTS, read_weights
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec
 from stillhouse.outcomes import load as load_student
-from stillhouse.plain import train_teacher
+from stillhouse.plain import train_first
 from stillhouse.recipes.dsformer.recipe import Config, distill
 from stillhouse.recipes.dsformer.sizes import Layer, residual
 from stillhouse.report import Claim, Curve, Report, Table
@@ -36,6 +36,10 @@ class OPTIONS(TrainedOptions):
     """Sentences or images, and a trained network."""
 
     compare: bool = False  # on your own data: also every other way to the same size, over seeds
+
+    def idle(self, config: Any) -> Mapping[str, str]:
+        given = ("weights", "pretrained")
+        return {k: why for k, why in super().idle(config).items() if k in given or not self.compare}
 
 
 PRESET = Config(nonzeros=(4,), teacher_epochs=40, epochs=6, batch=64, lr=1e-3, teacher_lr=2e-3)
@@ -97,10 +101,8 @@ def start(options: OPTIONS, data: Data, seed: int, *, fresh: bool) -> tuple[Mode
 def once(whole: Run, made: Start, data: Data, changes: Mapping[str, Any], cfg: Config, run: Run) -> dict[str, Any]:
     """One arm on one seed; the network is trained once per seed and is the same in every arm."""
     _, network, _ = made(data, run.seed)
-    if cfg.teacher_epochs:
-        home = whole if run.seed == whole.seed else whole.child(f"given-{run.seed}", seed=run.seed, quiet=True)
-        how = replace(cfg.moves(cfg.teacher_lr), teacher_epochs=cfg.teacher_epochs)
-        train_teacher(home, "teacher", network.requires_grad_(True), data, how)
+    home = whole if run.seed == whole.seed else whole.child(f"given-{run.seed}", seed=run.seed, quiet=True)
+    train_first(home, network, data, cfg)
     cfg = replace(cfg, teacher_epochs=0.0, **changes)
     family = distill(run, data, network, cfg)
     (z, *_), y = family.logits(data.test)

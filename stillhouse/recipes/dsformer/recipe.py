@@ -9,31 +9,29 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from stillhouse.data import Batches, Data, prefetch
 from stillhouse.distill import Distill
 from stillhouse.engine import Run, fit
-from stillhouse.errors import UserError
-from stillhouse.evaluate import call, count_params, evaluating
+from stillhouse.evaluate import count_params
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
-from stillhouse.plain import check_classes, optimizer_of, schedule, train_teacher
+from stillhouse.plain import check_classes, optimizer_of, schedule, train_first
 from stillhouse.recipes.dsformer.config import Config
 from stillhouse.recipes.dsformer.factors import Following, on_weights
 from stillhouse.recipes.dsformer.sizes import Layer, layers_of
 from stillhouse.students.dense_sparse import factorise, fill
-from stillhouse.students.lowrank import choose
+from stillhouse.students.lowrank import choose, try_pairs
 from stillhouse.students.parametrized import bake
 from stillhouse.students.plan import Plan
-from stillhouse.system import Schedule, map_tensors
+from stillhouse.system import Schedule
 from stillhouse.teachers import Frozen
 
 __all__ = ["Config", "distill"]
@@ -67,29 +65,24 @@ def distill(
     cfg, began = cfg or Config(), time.monotonic()
     spec, network = spec_and_network(base, network, run.seed)
     paths = choose(network, cfg.modules, cfg.skip, cfg.least_outputs)
-    check(network, layers_of(network, paths, replace(cfg, nonzeros=cfg.nonzeros[:1])), data)
-    if cfg.teacher_epochs:
-        how = replace(cfg.moves(cfg.teacher_lr), teacher_epochs=cfg.teacher_epochs)
-        train_teacher(run, "teacher", network.requires_grad_(True), data, how)
-    network.cpu().eval()
+    layers_of(network, paths, replace(cfg, nonzeros=(max(cfg.nonzeros),)))  # the most values take the fewest places
+    example = data.train.take(np.arange(min(2, len(data.train))))
+    check_classes(network, [], example, data)
+    try_pairs(network, paths, example["input"])
+    train_first(run, network, data, cfg)
     layers = layers_of(network, paths, cfg)
     student = trained(run, data, copy.deepcopy(network).requires_grad_(True), Frozen(network), layers, cfg)
-    for model in (student, network):
-        model.cpu().eval()
-    inputs = data.train.take(np.arange(1))["input"]
     cost = {
         "trained_params": count_params(student),
         "teacher_params": count_params(network),
         "seconds": time.monotonic() - began,
     }
     share = sum(x.rows * x.columns for x in layers) / count_params(network)
-    notes = [f"the chosen weights hold {100 * share:.1f} % of the network's parameters; the others stay as they are"]
     made = (plan or Plan.identity(network)).then(*(x.edit for x in layers))
-    return Family(
-        [Member("student", student, made, spec=spec)], tuple(data.shape), tuple(data.classes), network, spec, cost,
-        [{**asdict(x), "stored": x.stored()} for x in layers], logs=[*run.log("factorise"), *run.log("tune")],
-        notes=notes, base_name="teacher", inputs=inputs if isinstance(inputs, Mapping) else None,
-        tokenizer=getattr(data.train, "tokenizer", None),
+    return Family.of(
+        data, [Member("student", student, made, spec=spec)], network, spec, cost, base_name="teacher",
+        budgets=[{**asdict(x), "stored": x.stored()} for x in layers], logs=[*run.log("factorise"), *run.log("tune")],
+        notes=[f"the chosen weights hold {100 * share:.1f} % of the network's parameters; the others stay as they are"],
     )  # fmt: skip
 
 
@@ -103,7 +96,7 @@ def trained(run: Run, data: Data, student: nn.Module, ask: Frozen, layers: Seque
         on_weights(student, layers, cfg.method, cfg.sweeps)
         system = Following(student, ask, per_step=cfg.per_step, lr=part(whole, 0, steps), **moves)
         fit(run, "factorise", system, prefetch(source, run.workers), steps=searched, settings=cfg)
-        bake(student)
+        bake(student, [x.module for x in layers])
     else:
         student = started(student, layers, cfg)
     if steps > searched:
@@ -126,21 +119,3 @@ def started(student: nn.Module, layers: Sequence[Layer], cfg: Config) -> nn.Modu
 def part(whole: Schedule, before: int, steps: int) -> Schedule:
     """The schedule of `steps` steps, as it goes on after the first `before` of them."""
     return lambda clock: whole(replace(clock, step=clock.step + before, steps=steps))
-
-
-@torch.no_grad()
-def check(network: nn.Module, layers: Sequence[Layer], data: Data) -> None:
-    """Runs the network, and one with two layers in place of each, on two samples: what does not fit is said here."""
-    example = data.train.take(np.arange(min(2, len(data.train))))
-    check_classes(network, [], example, data)
-    trial, device = copy.deepcopy(network), next(network.parameters()).device
-    for x in layers:
-        trial = x.edit.apply(trial)
-    try:
-        with evaluating(trial):
-            call(trial, map_tensors(example["input"], lambda t: t.to(device)))
-    except (AttributeError, TypeError) as error:
-        raise UserError(
-            f"{type(network).__name__} does not run with two layers in place of one ({error}): some module reads a "
-            "layer's weight itself; --skip that layer"
-        ) from None

@@ -67,6 +67,25 @@ class Config:
                     f"{name}: expected a multiple of 32 as width and a depth from 1, got {width} and {depth}"
                 )
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside these, and why."""
+        found = {} if self.teacher_epochs else {"teacher_lr": "the autoencoder is not trained without --teacher-epochs"}
+        if self.generic != "features":
+            found |= dict.fromkeys(("layer", "beta"), f"--generic {self.generic} compares no features")
+        if self.generic == "none":
+            unused = ("decoder", "generic_epochs", "generic_lr", *(() if self.teacher_epochs else ("mask",)))
+            found |= dict.fromkeys(unused, "--generic none leaves the generic stage out")
+        if self.specific != "token":
+            found["hard"] = f"--specific {self.specific} has one weight, of 1"
+        if self.specific == "labels":
+            found |= dict.fromkeys(("tune_epochs", "tune_lr"), "--specific labels asks no teacher")
+        return found
+
+    def reads_autoencoder(self, taught: bool) -> bool:
+        """Whether the autoencoder is read: its features, or where no teacher is given its fine-tuned self."""
+        return self.generic == "features" or (self.specific != "labels" and not taught)
+
     def moves(self, lr: float, samples: int) -> Plain:
         """The optimiser's part of a stage's settings on so many samples, as plain training has them."""
         batch = min(self.batch, samples)

@@ -21,7 +21,8 @@ from stillhouse.evaluate import classification, environment, predict
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec, import_library
 from stillhouse.recipes.g2sd.config import Config
-from stillhouse.recipes.g2sd.recipe import distill, few_labels, fine_tuned, opened, pretrain
+from stillhouse.recipes.g2sd.recipe import distill, fine_tuned, pretrain
+from stillhouse.recipes.g2sd.start import few_labels, opened
 from stillhouse.report import Claim, Curve, Report
 from stillhouse.students.masked import start_positions
 from stillhouse.system import fold
@@ -37,6 +38,15 @@ class OPTIONS(TeacherOptions):
 
     autoencoder: str | None = None  # hf:NAME or hf:FOLDER of a ViTMAEForPreTraining, timm:NAME, package.module:function
     arms: bool = False  # with --data alone: also every arm over seeds, on networks of the built-in experiment
+
+    def idle(self, config: Any) -> Mapping[str, str]:
+        if not self.own or self.arms:
+            return {}
+        found = dict(super().idle(config))
+        if not config.reads_autoencoder(taught=bool(self.teacher)):
+            why = "no stage reads the autoencoder: there is a teacher, or none is asked"
+            found |= dict.fromkeys(("autoencoder", "teacher_epochs", "teacher_decoder", "tune_epochs", "tune_lr"), why)
+        return found
 
 
 PRESET = Config(
@@ -79,7 +89,9 @@ def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None
     if options.own:
         spec = options.spec(data, spec.name) if options.model else spec
         teachers, look = options.teachers(data)
-        network, masked = options.network(spec, run.seed), autoencoder(options, encoder, data, cfg)
+        network = options.network(spec, run.seed)
+        read = cfg.reads_autoencoder(taught=bool(teachers))
+        masked = autoencoder(options, encoder, data, cfg) if read else None
         family = distill(run, data, spec, masked, cfg, teacher=teachers, network=network, **look)
     else:
         family = distill(run, data, spec, started(encoder, run.seed), cfg)

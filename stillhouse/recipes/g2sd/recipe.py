@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from stillhouse.comparisons import Objective
-from stillhouse.data import Batches, Data, mixing, prefetch, split, with_draws
+from stillhouse.data import Batches, Data, mixing, prefetch, with_draws
 from stillhouse.distill import Distill, TokenDistill
 from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
@@ -23,11 +22,12 @@ from stillhouse.evaluate import count_params
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec
 from stillhouse.outcomes import Member
-from stillhouse.plain import check_classes, optimizer_of, schedule, train_teacher
+from stillhouse.plain import optimizer_of, schedule, train_teacher
 from stillhouse.recipes.g2sd.config import Config
 from stillhouse.recipes.g2sd.stages import Features, Generic, Pixels, held_out
+from stillhouse.recipes.g2sd.start import built, check, few_labels, opened, with_decoder
 from stillhouse.students.blocks import alike_blocks
-from stillhouse.students.masked import Masked, Pooled, TimmMasked, as_masked, start_head, start_positions
+from stillhouse.students.masked import Masked, Pooled, start_head
 from stillhouse.system import Teacher, fold
 from stillhouse.teachers import Asked, Ensemble, Frozen, Normalisation
 from stillhouse.weights import by_layer
@@ -39,7 +39,7 @@ def distill(
     run: Run,
     data: Data,
     student: nn.Module | ModelSpec,
-    autoencoder: nn.Module,
+    autoencoder: nn.Module | None,
     cfg: Config | None = None,
     *,
     teacher: nn.Module | Sequence[nn.Module] | None = None,
@@ -55,7 +55,7 @@ def distill(
         student: a timm VisionTransformer, with a distillation token where ``specific`` is "token": a live module
             (trained in place), or a `ModelSpec` (then it can be loaded from its folder alone).
         autoencoder: a trained ViTMAEForPreTraining or `Masked`; an untrained one, or a timm VisionTransformer, with
-            ``teacher_epochs``. Frozen afterwards.
+            ``teacher_epochs``. Frozen afterwards. May be None where nothing reads it: `Config.reads_autoencoder`.
         cfg: settings.
         teacher: the autoencoder fine-tuned to these classes, or any classifiers, which are averaged; None fine-tunes.
         network: the student with weights of its own where `student` is only a `ModelSpec`.
@@ -68,26 +68,19 @@ def distill(
         UserError: settings, images, patches or classes that do not fit; said before the first step.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = student if isinstance(student, ModelSpec) else None
-    if network is None and isinstance(student, ModelSpec):
-        network = student.build(seed=run.seed)
-        start_positions(network)
-    vit: Any = student if network is None else network
-    if len(data.shape) != 3:
-        raise UserError(f"g2sd is for images (C, H, W), got {data.name} of shape {tuple(data.shape)}")
-    masked = opened(run, data, autoencoder, cfg)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold(run.seed, "decoder"))
-        own = TimmMasked(vit, data.shape, *cfg.decoder)
-    few = few_labels(run, data, cfg)
+    spec, vit = built(run, student, network)
+    own, few = with_decoder(run, data, vit, cfg), few_labels(run, data, cfg)
     models = [teacher] if isinstance(teacher, nn.Module) else list(teacher or ())
-    tuned = not models and cfg.specific != "labels"
-    check(masked, own, tuned, data, cfg)
     asked = [Frozen(m, normalize=normalize, resize=resize) for m in models]
-    check_classes(vit, asked, data.train.take(np.arange(2)), data)
-    if cfg.teacher_epochs:
+    masked = None
+    if cfg.reads_autoencoder(taught=bool(models)):
+        if autoencoder is None:
+            raise UserError("autoencoder: None, but its features or its fine-tuned self are to be learned; give one")
+        masked = opened(run, data, autoencoder, cfg)
+    check(masked, own, asked, data, cfg)
+    if masked is not None and cfg.teacher_epochs:
         pretrain(run, "autoencoder", data, masked, None, cfg.teacher_lr, cfg.teacher_epochs, cfg)
-    if tuned:
+    if masked is not None and not models and cfg.specific != "labels":
         models = [fine_tuned(run, few, masked, cfg)]
         asked = [Frozen(models[0])]
     if cfg.generic != "none":
@@ -95,33 +88,20 @@ def distill(
         pretrain(run, "generic", data, own, said, cfg.generic_lr, cfg.generic_epochs, cfg)
     ask: Teacher | None = Ensemble(asked) if len(asked) > 1 else asked[0] if asked else None
     specialise(run, few, vit, ask, cfg)
-    for model in (vit, masked, *models):
+    for model in filter(None, (vit, masked, *models)):
         model.cpu().eval()
     cost = {
         "trained_params": count_params(vit), "dropped_params": count_params(own) - count_params(vit),
-        "autoencoder_params": count_params(masked), "teacher_params": sum(map(count_params, models)),
+        "autoencoder_params": count_params(masked) if masked is not None else 0,
+        "teacher_params": sum(map(count_params, models)),
         "labels": len(few.train), "images": len(data.train), "seconds": time.monotonic() - began,
     }  # fmt: skip
     base = vit if ask is None else models[0] if len(models) == 1 and not (normalize or resize) else Asked(ask, models)
-    return Family(
-        [Member("student", vit, spec=spec)], tuple(data.shape), tuple(data.classes), base, spec, cost,
+    return Family.of(
+        data, [Member("student", vit, spec=spec)], base, spec, cost,
         logs=[{**row, "stage": s} for s in ("generic", "specific") for row in run.log(s)],
         base_name="teacher" if models else "",
     )  # fmt: skip
-
-
-def opened(run: Run, data: Data, autoencoder: nn.Module, cfg: Config) -> Masked:
-    """The autoencoder as it is, or with a fresh decoder."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold(run.seed, "teacher's decoder"))
-        return as_masked(autoencoder, data.shape, cfg.teacher_decoder)
-
-
-def few_labels(run: Run, data: Data, cfg: Config) -> Data:
-    """The data with the labelled part of the training images alone."""
-    if cfg.labelled == 1:
-        return data
-    return replace(data, train=split(data.train, cfg.labelled, seed=fold(run.seed, "labelled"))[1])
 
 
 def fine_tuned(run: Run, data: Data, masked: Masked, cfg: Config) -> Pooled:
@@ -130,26 +110,6 @@ def fine_tuned(run: Run, data: Data, masked: Masked, cfg: Config) -> Pooled:
     how = replace(cfg.moves(cfg.tune_lr, len(data.train)), teacher_epochs=cfg.tune_epochs)
     train_teacher(run, "teacher", teacher, data, how)
     return teacher
-
-
-def check(masked: Masked, own: TimmMasked, tuned: bool, data: Data, cfg: Config) -> None:
-    """Whether both networks cut an image into the same patches, and the settings fit them."""
-    if cfg.generic == "features" and masked.patches != own.patches:
-        raise UserError(
-            f"the autoencoder cuts an image of {data.name} into {masked.patches} patches, the student into "
-            f"{own.patches}; they must see the same ones, so give a student with another patch size"
-        )
-    if cfg.generic == "features" and cfg.layer > masked.decoder_depth:
-        raise UserError(f"layer: the autoencoder's decoder has {masked.decoder_depth} blocks, got {cfg.layer}")
-    if int(own.patches * (1 - cfg.mask)) < 1:
-        raise UserError(f"mask: {cfg.mask} of {own.patches} patches leaves none to see; mask a smaller part")
-    if cfg.specific == "token" and not hasattr(own.encoder, "dist_token"):
-        raise UserError(
-            f"the student {type(own.encoder).__name__} has no distillation token; give a network such as "
-            "timm:deit_tiny_distilled_patch16_224, or --specific nkd"
-        )
-    if tuned and not cfg.tune_epochs:
-        raise UserError("tune_epochs: 0 leaves no teacher for the specific stage; give a fine-tuned one, or epochs")
 
 
 def pretrain(

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stillhouse.errors import UserError
-from stillhouse.plain import Plain
+from stillhouse.plain import Moves
 from stillhouse.students.patterns import Pattern
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Moves):
     """Settings of a GPUSQ-ViT run; every field is a flag."""
 
     bits: int = 8  # of weights and activations, 2 to 8
@@ -46,27 +46,42 @@ class Config:
         if not 2 <= self.bits <= 8:
             raise UserError(f"bits: expected 2 to 8, got {self.bits}")
         self.sparsity  # noqa: B018 – says what is wrong with it
-        if not self.temperature > 0 or not 0 < self.percentile <= 100 or self.calibrate < 1 or self.batch < 1:
+        if not self.temperature > 0 or not 0 < self.percentile <= 100 or self.calibrate < 1:
             raise UserError(
-                "expected temperature > 0, percentile in (0, 100], calibrate and batch >= 1, got "
-                f"{self.temperature}, {self.percentile}, {self.calibrate}, {self.batch}"
+                "expected temperature > 0, percentile in (0, 100] and calibrate >= 1, got "
+                f"{self.temperature}, {self.percentile}, {self.calibrate}"
             )
-        for name in ("alpha", "beta", "gamma", "teacher_epochs", "epochs", "quantized_epochs", "clip"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name}: expected a number from 0, got {getattr(self, name)}")
+        own = ("alpha", "beta", "gamma", "epochs", "quantized_epochs", "lr", "quantized_lr")
+        for name, low in {**self.LEAST, **dict.fromkeys(own, 0)}.items():
+            if not getattr(self, name) >= low:
+                raise UserError(f"{name}: expected a number from {low}, got {getattr(self, name)}")
         if not 0 <= self.ranges <= 1 or not 0 <= self.momentum < 1:
             raise UserError(f"expected ranges in [0, 1] and momentum in [0, 1), got {self.ranges}, {self.momentum}")
         if (self.epochs or self.quantized_epochs) and not (self.alpha or self.beta or self.gamma):
             raise UserError("alpha, beta and gamma are all 0: nothing to learn; give --epochs 0 --quantized-epochs 0")
 
     @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        found = {}
+        if self.include:
+            found["head"] = "--include names the layers"
+        if not self.alpha:
+            found["labels"] = "--alpha 0 asks for none"
+        if not self.beta:
+            found["temperature"] = "--beta 0 has no KL"
+        if not self.gamma:
+            found |= dict.fromkeys(("compare", "weighting"), "--gamma 0 compares no features")
+        if not self.teacher_epochs:
+            found["teacher_lr"] = "--teacher-epochs 0 does not train the dense network first"
+        if not self.epochs:
+            found["lr"] = "--epochs 0 does not train the sparse stage"
+        if not self.quantized_epochs:
+            rest = ("quantized_lr", "weighting", "ranges")
+            found |= dict.fromkeys(rest, "--quantized-epochs 0 does not train the quantised stage")
+        return found
+
+    @property
     def sparsity(self) -> Pattern:
         """What the weights get."""
         return Pattern.parse(self.pattern or ("2:4" if self.bits > 4 else "4:8:2"))
-
-    def moves(self, lr: float) -> Plain:
-        """The optimiser's part of the settings, as plain distillation has them."""
-        return Plain(
-            (), batch=self.batch, optimizer=self.optimizer, lr=lr, lr_warmup=self.lr_warmup,
-            weight_decay=self.weight_decay, clip=self.clip,
-        )  # fmt: skip

@@ -20,13 +20,12 @@ from stillhouse.errors import UserError
 from stillhouse.evaluate import classification, environment, fidelity, predict
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec
-from stillhouse.plain import train_teacher
+from stillhouse.plain import train_first
 from stillhouse.recipes.gpusq_vit.config import Config
 from stillhouse.recipes.gpusq_vit.layers import broken_groups, choose, stored
 from stillhouse.recipes.gpusq_vit.recipe import distill
 from stillhouse.recipes.gpusq_vit.stages import Made, quantize, sparsify
 from stillhouse.report import Claim, Curve, Report, Table
-from stillhouse.students.plan import unpacked
 from stillhouse.teacher_options import TrainedOptions
 from stillhouse.trials import Results, claim, difference, table, trials
 
@@ -50,8 +49,6 @@ def main(run: Run, options: TrainedOptions, cfg: Config, command: str) -> Report
     spec, network, plan = BASE, None, None
     if options.model or options.pretrained or options.weights:
         spec, network, plan = options.trained(data, BASE.name, fresh=bool(cfg.teacher_epochs))
-        if plan is not None:
-            network, plan = unpacked(network, plan)
     elif options.own:
         if not cfg.teacher_epochs:
             raise UserError("--model is missing: name a trained network, or --teacher-epochs N to train a small one")
@@ -61,7 +58,7 @@ def main(run: Run, options: TrainedOptions, cfg: Config, command: str) -> Report
     run.barrier()
     if not options.own:
         seeds = options.children()
-        rows = trials(run, {"arms": partial(once, run, cfg)}, seeds)["arms"]
+        rows = trials(run, {"arms": partial(once, run, data, cfg)}, seeds)["arms"]
         arms = {arm: [row[arm] for row in rows] for arm in rows[0]}
         if report is not None:
             report.claims += claims(arms, cfg, list(seeds))
@@ -80,13 +77,11 @@ def base_for(data: Data) -> ModelSpec:
 # -- the claims of the card --------------------------------------------------------------------------------------
 
 
-def once(whole: Run, cfg: Config, run: Run) -> dict[str, dict[str, float]]:
+def once(whole: Run, data: Data, cfg: Config, run: Run) -> dict[str, dict[str, float]]:
     """One seed: what is trained once, then every way to go on. What the run itself has trained is read back."""
-    data, network = load("digits"), BASE.build(seed=run.seed)
+    network = BASE.build(seed=run.seed)
     home = whole if run.seed == whole.seed else run
-    how = replace(cfg.moves(cfg.teacher_lr), teacher_epochs=cfg.teacher_epochs)
-    train_teacher(home, "teacher", network, data, how)
-    network.cpu().eval()
+    train_first(home, network, data, cfg)
     layers = choose(network, data.train.take(np.arange(2))["input"], cfg)
     z, _ = predict(network, data.test)
 

@@ -8,7 +8,6 @@ family["int4"].model       # the same zeros; weights and activations of four bit
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import numpy as np
 from torch import nn
@@ -18,7 +17,7 @@ from stillhouse.engine import Run
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
-from stillhouse.plain import check_classes, train_teacher
+from stillhouse.plain import check_classes, train_first
 from stillhouse.recipes.gpusq_vit.config import Config
 from stillhouse.recipes.gpusq_vit.layers import choose
 from stillhouse.recipes.gpusq_vit.stages import quantize, sparsify
@@ -61,14 +60,9 @@ def distill(
     layers = choose(network, data.train.take(np.arange(2))["input"], cfg)
     with tap(network, layers.compare):
         pass  # an unknown path is said here
-    if cfg.teacher_epochs:
-        how = replace(cfg.moves(cfg.teacher_lr), teacher_epochs=cfg.teacher_epochs)
-        train_teacher(run, "teacher", network.requires_grad_(True), data, how)
-    network.cpu().eval()
+    train_first(run, network, data, cfg)
     sparse = sparsify(run, data, network, layers, cfg)
     small = quantize(run, data, network, sparse, layers, cfg)
-    for model in (network, sparse.model, small.model):
-        model.cpu().eval()
     made = plan or Plan.identity(network)
     members = [
         Member("sparse", sparse.model, made.then(*sparse.edits), importance=0.0, spec=spec),
@@ -77,9 +71,9 @@ def distill(
     weights = factors(sparse.errors, cfg.weighting)
     left = ", ".join(layers.left_dense)
     notes = [f"left dense, {cfg.sparsity} does not divide them: {left}"] if left else []
-    return Family(
-        members, tuple(data.shape), tuple(data.classes), network, spec,
-        {"seconds": time.monotonic() - began, "baked_difference": max(sparse.gap, small.gap)},
-        [{"module": p, "error": e, "weight": w} for p, e, w in zip(layers.compare, sparse.errors, weights)],
-        notes=notes, logs=[{**r, "stage": s} for s in ("sparse", "quantized") for r in run.log(s)], base_name="dense",
+    return Family.of(
+        data, members, network, spec, base_name="dense", notes=notes,
+        cost={"seconds": time.monotonic() - began, "baked_difference": max(sparse.gap, small.gap)},
+        budgets=[{"module": p, "error": e, "weight": w} for p, e, w in zip(layers.compare, sparse.errors, weights)],
+        logs=[{**r, "stage": s} for s in ("sparse", "quantized") for r in run.log(s)],
     )  # fmt: skip

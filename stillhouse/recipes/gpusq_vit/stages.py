@@ -59,7 +59,7 @@ def sparsify(run: Run, data: Data, dense: nn.Module, layers: Layers, cfg: Config
     elif cfg.gamma:
         errors = feature_errors(dense, student, layers.compare, samples(run, data, cfg))
     parametrize_weights(student, layers.sparse, lambda path, layer: Half())
-    return baked(student.cpu(), [], masks, errors, next(samples(run, data, cfg)))
+    return baked(student.cpu(), layers.sparse, [], masks, errors, next(samples(run, data, cfg)))
 
 
 def quantize(
@@ -85,7 +85,8 @@ def quantize(
         how |= {"weights": factors(sparse.errors, cfg.weighting), "ranges": cfg.ranges, "momentum": cfg.momentum}
         train(run, stage, Sensed(student, teacher, answers=answers, **how), data, cfg.quantized_epochs, cfg)
     set_mode(student, "quantise")
-    return baked(student.cpu(), inputs, sparse.masks, sparse.errors, next(samples(run, data, cfg)))
+    x = next(samples(run, data, cfg))
+    return baked(student.cpu(), layers.quantized, inputs, sparse.masks, sparse.errors, x)
 
 
 def mask(student: nn.Module, masks: dict[str, Tensor], cfg: Config) -> None:
@@ -131,15 +132,17 @@ def feature_errors(dense: nn.Module, student: nn.Module, compare: list[str], bat
 
 
 @torch.no_grad()
-def baked(student: nn.Module, edits: list[Edit], masks: dict[str, Tensor], errors: list[float], x: Any) -> Made:
-    """The projected weights in place of their sources.
+def baked(
+    student: nn.Module, layers: list[str], edits: list[Edit], masks: dict[str, Tensor], errors: list[float], x: Any
+) -> Made:
+    """The projected weights of these layers in place of their sources.
 
     Raises:
         UserError: that changed the answers, which would be a defect.
     """
     with evaluating(student):
         want = logits_of(call(student, x))
-    packs = bake(student.eval())
+    packs = bake(student.eval(), layers)
     gap = float((logits_of(call(student, x)) - want).abs().max())
     if not gap <= 1e-5 * max(1.0, float(want.abs().max())):
         raise UserError(f"the baked student differs from the trained one by {gap:.2g}")

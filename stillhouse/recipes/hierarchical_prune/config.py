@@ -68,6 +68,20 @@ class Config:
             raise UserError(f"drop lies in [0, 1), lr and clip above 0; got {self.drop}, {self.lr} and {self.clip}")
 
     @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside these, and why."""
+        chosen, found = ("low", "high", "budget", "remeasure"), dict[str, str]()
+        if self.mode == "manual":
+            found |= dict.fromkeys(chosen, "--mode manual removes the blocks that are named, and nothing else")
+        if not self.steps:
+            trained = ("train", "train_blocks", "sensitivity", "task", "output", "feature", "density", "weighting",
+                       "drop", "batch", "optimizer", "lr", "decay", "weight_decay", "clip")  # fmt: skip
+            found |= dict.fromkeys(trained, "--steps 0 repairs nothing")
+        elif self.train_blocks:
+            found["train"] = "--train-blocks says what learns"
+        return found
+
+    @property
     def chosen_from(self) -> tuple[str, ...]:
         """The components that may be removed by impact."""
         return self.components or (("block",) if self.mode == "position" else FINE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from stillhouse.outcomes import Member
 from stillhouse.recipes.hierarchical_prune.config import Config
 from stillhouse.recipes.hierarchical_prune.impact import Judge, impacts, scorer
 from stillhouse.recipes.hierarchical_prune.parts import Part, between, choose, find_parts, left
-from stillhouse.recipes.hierarchical_prune.system import Repair, rates, unfreeze
+from stillhouse.recipes.hierarchical_prune.system import Repair, common_start, rates, unfreeze
 from stillhouse.students.edits import Edit
 from stillhouse.students.normalfloat import NormalFloat
 from stillhouse.students.parametrized import bake, parametrize_weights, weight_layers
@@ -134,7 +135,10 @@ def repair(
         optimizer=optimizer, lr=cosine() if cfg.decay else None, clip=cfg.clip,
     )  # fmt: skip
     source = examples.noised(cfg.batch, partial(times, whole, cfg))
-    fit(run, "repair", system, source, steps=cfg.steps, settings=cfg)
+    one = examples.rows([0])
+    at = (one.x0.to(run.device), torch.tensor([whole.process.at(0.5)], device=run.device), one.conditions)
+    with common_start(student, whole, blocks, gone, at) if system.asks else nullcontext():
+        fit(run, "repair", system, source, steps=cfg.steps, settings=cfg)
     return trained
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from stillhouse.diffusion.denoiser import Condition, Denoiser
 from stillhouse.diffusion.process import Flow, View, Weighting, loss_weight
 from stillhouse.diffusion.sampling import ManySteps
 from stillhouse.errors import UserError
+from stillhouse.recipes.hierarchical_prune.parts import Part
+from stillhouse.students.removed import keep_parts
 from stillhouse.system import Batch, Clock, Schedule, System, Terms, Update, walk
 
 
@@ -103,6 +107,56 @@ def block_outputs(network: nn.Module, paths: Sequence[str]) -> Iterator[dict[str
             handle.remove()
 
 
+class Given(nn.Module):
+    """Gives what it was handed, whatever it is called with."""
+
+    value: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value
+
+
+@contextmanager
+def common_start(
+    student: ManySteps, teacher: ManySteps, blocks: Sequence[Part], gone: Sequence[Part], inputs: Sequence[Any]
+) -> Iterator[int]:
+    """While this is open the student does not compute the first blocks, where it cannot differ from the teacher.
+
+    It takes what each of them gave in the teacher's last pass, which must have had the same inputs. They end at the
+    first block of which a part is gone, or whose output needs a gradient: something up to there learns.
+
+    Args:
+        blocks: all of them, in order. gone: removed parts. inputs: x_t, t and condition of a pass that finds out.
+
+    Yields:
+        How many blocks these are.
+    """
+    with block_outputs(student, [b.module for b in blocks]) as found, torch.enable_grad():
+        student.denoiser.predict(*inputs)
+
+    def alike(block: Part) -> bool:
+        return not any(block.touches(g) for g in gone) and not any(t.requires_grad for t in found[block.module])
+
+    common = list(takewhile(alike, blocks))
+    were = [student.get_submodule(b.module) for b in common]
+    handles = []
+    try:
+        for block, module in zip(common, were, strict=True):
+            given = Given()
+            student.set_submodule(block.module, keep_parts(given, module, block.keeps))
+            handles.append(teacher.get_submodule(block.module).register_forward_hook(partial(_hand, given)))
+        yield len(common)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block, module in zip(common, were, strict=True):
+            student.set_submodule(block.module, module)
+
+
+def _hand(given: Given, module: nn.Module, args: object, output: object) -> None:
+    given.value = output
+
+
 class Repair(System):
     """l_task E w‖x̂_0 − x_0‖² + l_out E w‖v_S − v_T‖² + l_feat Σ_blocks Σ_streams E‖h_S − h_T‖², means over elements.
 
@@ -133,9 +187,9 @@ class Repair(System):
         clip: float | None = 1.0,
     ):
         super().__init__()
-        if not (weights[0] or weights[1] or (weights[2] and blocks)):
-            raise UserError("only block outputs are to be compared, and no block that learns is left; give --output")
         self.student, self.blocks, self.weights = student, list(blocks), weights
+        if not (weights[0] or self.asks):
+            raise UserError("only block outputs are to be compared, and no block that learns is left; give --output")
         self.weighting, self.drop, self.how = weighting, drop, partial(Update, optimizer=optimizer, lr=lr, clip=clip)
         self._teacher = [teacher]  # not registered: never moved, never saved
 
@@ -143,6 +197,11 @@ class Repair(System):
         super().train(mode)
         self.student.eval()
         return self
+
+    @property
+    def asks(self) -> bool:
+        """Whether the teacher is asked at all."""
+        return bool(self.weights[1] or (self.weights[2] and self.blocks))
 
     def updates(self) -> Sequence[Update]:
         return [self.how("repair", [p for p in self.student.parameters() if p.requires_grad])]
@@ -156,12 +215,12 @@ class Repair(System):
         w = loss_weight(self.weighting if isinstance(of.process, Flow) else "one", sigma.flatten())
         l_task, l_out, l_feat = self.weights
         paths = self.blocks if l_feat else []
+        if self.asks:  # before the student, which may go on from there: `common_start`
+            with torch.no_grad(), block_outputs(teacher, paths) as theirs:
+                wanted = teacher.denoiser.predict(x_t, t, condition)
         with block_outputs(self.student, paths) as mine:
             said = _wide(of.ask(x_t, t, condition))
         terms: dict[str, Tensor] = {}
-        if l_out or paths:
-            with torch.no_grad(), block_outputs(teacher, paths) as theirs:
-                wanted = teacher.denoiser.predict(x_t, t, condition)
         if l_task:
             guess = View(of.process, x_t, t, of.prediction, said).x0
             terms["task"] = l_task * (w * (guess - x0).square().flatten(1).mean(1)).mean()

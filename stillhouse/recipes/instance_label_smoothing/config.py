@@ -12,6 +12,13 @@ from torch import Tensor
 
 from stillhouse.errors import UserError
 
+OF = {
+    "beta": ("alpha", "a", "assign", "ema", "ema_norm"),
+    "generations": ("generations", "teach", "temperature"),
+    "smoothing": ("epsilon",),
+    "entropy": ("penalty",),
+}  # rule → the settings that it alone has
+
 
 @dataclass(frozen=True)
 class Config:
@@ -49,6 +56,14 @@ class Config:
                 raise UserError(f"{name}: expected a number from {least}, got {getattr(self, name)}")
         if not all(0 < m < 1 for m in self.milestones):
             raise UserError(f"milestones: expected parts of the run in (0, 1), got {self.milestones}")
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing under this rule, and why."""
+        found = {name: f"it is of --rule {rule}" for rule, names in OF.items() if rule != self.rule for name in names}
+        if self.rule == "beta" and self.assign == "random":
+            found |= dict.fromkeys(("ema", "ema_norm"), "--assign random asks no averaged network")
+        return found
 
     @property
     def count(self) -> int:

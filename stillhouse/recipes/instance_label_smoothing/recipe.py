@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -16,8 +16,9 @@ from stillhouse.errors import UserError
 from stillhouse.evaluate import predict
 from stillhouse.family import Family
 from stillhouse.generations import Learner, generations
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
+from stillhouse.plain import check_classes
 from stillhouse.recipes.instance_label_smoothing.config import Config
 from stillhouse.recipes.instance_label_smoothing.systems import Beta, Plain, Taught
 from stillhouse.system import fold
@@ -44,34 +45,27 @@ def distill(
         UserError: settings or objects that do not fit.
     """
     cfg, began = cfg or Config(), time.monotonic()
-    spec = student if isinstance(student, ModelSpec) else None
+    spec, first = spec_and_network(student, network, run.seed)
     if spec is None and cfg.count > 1:
         raise UserError("rule generations starts every network afresh and needs a ModelSpec, not a live module")
+    check_classes(first, [], data.train.take(np.arange(min(2, len(data.train)))), data)
     train, validation = (data.train, data.held_out) if data.held_out or not cfg.held_out else apart(data, cfg, run.seed)
     source = Batches(train, cfg.batch)
 
     def make(g: int, before: Sequence[nn.Module]) -> Learner:
-        model = student if isinstance(student, nn.Module) else network if g == 0 else None
-        if model is None:
-            assert spec is not None
-            model = spec.build(seed=fold(run.seed, "generation", g) if g else run.seed)
-        if before:
-            return Taught(model, Frozen(before[-1]), cfg)
-        return Beta(model, cfg) if cfg.rule == "beta" else Plain(model, cfg)
+        if spec and before:
+            return Taught(spec.build(seed=fold(run.seed, "generation", g)), Frozen(before[-1]), cfg)
+        return Beta(first, cfg) if cfg.rule == "beta" else Plain(first, cfg)
 
     made = generations(
         run, make, prefetch(source, run.workers), cfg.count, epochs=cfg.epochs, settings=cfg, validation=validation
     )
     names = ["student"] if cfg.count == 1 else [f"g{k}" for k in range(cfg.count)]
     members = [Member(n, m, importance=1 / cfg.count, spec=spec) for n, m in zip(names, made, strict=True)]
-    one = data.train.take(np.arange(1))["input"]
+    logs = [{**row, "generation": k} for k in range(cfg.count) for row in run.log(f"generation{k}")]
     steps = max(1, round(cfg.epochs * source.steps_per_epoch)) * cfg.count
-    return Family(
-        members, tuple(data.shape), tuple(data.classes), deepcopy(made[0]), spec,
-        {"steps": steps, "seconds": time.monotonic() - began},
-        logs=[{**row, "generation": k} for k in range(cfg.count) for row in run.log(f"generation{k}")],
-        inputs=one if isinstance(one, Mapping) else None, tokenizer=getattr(data.train, "tokenizer", None),
-    )  # fmt: skip
+    cost = {"steps": steps, "seconds": time.monotonic() - began}
+    return Family.of(data, members, deepcopy(made[0]), spec, cost, logs=logs)
 
 
 def apart(data: Data, cfg: Config, seed: int) -> tuple:

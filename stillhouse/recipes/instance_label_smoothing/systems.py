@@ -76,13 +76,13 @@ class Beta(Plain):
         """b_i of the samples of this process, (n,), in float64 on the batch's device; detached."""
         log_q = self.ema(batch).logits.double().log_softmax(-1)
         own = log_q.gather(1, batch["label"][:, None]).squeeze(1)  # of the same order as its exponential
-        every, start = everyone(own, clock)
+        every, rank = clock.all_rows(own), clock.all_rows(torch.full_like(own, clock.rank))
         # One draw for the global batch, the same in all processes, on the CPU so that devices agree.
         generator = replace(clock, rank=0).generator("beta")
         b = O.beta_draws(len(every), self.cfg.a, generator, torch.float64).to(own.device)
         if self.cfg.assign == "rank":
             b = O.ranked_like(b, by=every)
-        return b[start : start + len(own)]
+        return b[rank == clock.rank]
 
     def after_step(self, clock: Clock) -> None:
         self.ema.update(self.student, clock)
@@ -101,16 +101,3 @@ class Taught(Plain):
             return {"label": label}
         tempered = self.teacher(batch).logits / self.cfg.temperature
         return {"label": (1 - alpha) * label, "teach": alpha * O.soft_cross_entropy(tempered, z).mean()}
-
-
-def everyone(values: Tensor, clock: Clock) -> tuple[Tensor, int]:
-    """The values (n,) of all processes in the order of their ranks, and where this process's begin."""
-    if clock.world == 1:
-        return values, 0
-    counts = torch.zeros(clock.world, dtype=torch.float64, device=values.device)
-    counts[clock.rank] = len(values)
-    sizes = (clock.all_mean([counts], 1)[0] * clock.world).round().long().tolist()
-    start = sum(sizes[: clock.rank])
-    every = torch.zeros(sum(sizes), dtype=torch.float64, device=values.device)
-    every[start : start + len(values)] = values.detach().double()
-    return clock.all_mean([every], 1)[0] * clock.world, start

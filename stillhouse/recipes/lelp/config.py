@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,17 @@ class Config:
                 f"{self.label}"
             )
         self.plain()
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        found = ("null_space", "rotate", "assign", "most")
+        if self.label == 1:
+            names = ("beta", "temperature", "student_temperature", *found)
+            return dict.fromkeys(names, "--label 1 learns from the labels alone")
+        if self.subclasses == 1:
+            return dict.fromkeys(("beta", *found), "--subclasses 1 is plain distillation")
+        return dict.fromkeys(found, "--beta inf says nothing of sub-classes") if math.isinf(self.beta) else {}
 
     def plain(self, objective: tuple[str, ...] = (), label: float = 1.0) -> Plain:
         """The same run as a plain distillation by these objectives: what teachers and baselines take."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -38,6 +38,8 @@ from stillhouse.trials import Arm, Results, claim, difference, table, trials
 @dataclass(frozen=True)
 class OPTIONS(TeacherOptions):
     """Images or sentences, a student and its teacher."""
+
+    BRINGS: ClassVar[tuple[str, ...]] = (*TeacherOptions.BRINGS, "unlabelled")
 
     seeds: int = 6  # seeds for the claims of the built-in experiment, and for --compare
     compare: bool = False  # on your own data: also labels alone, plain distillation and other settings, over seeds
@@ -101,14 +103,14 @@ def tiny(run: Run, cfg: Config = TINY, student: ModelSpec = STUDENT, pool: bool 
 
 def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None:
     """One distillation as the command makes it; with the built-in data or --compare also all arms, over seeds."""
-    own, seeds = options.own or bool(options.teacher), list(options.children())
+    own, seeds = options.own, list(options.children())
     if own:
         if len(options.teacher) != 1:
             raise UserError(f"one --teacher is needed, for its embedding is read, got {len(options.teacher)}")
         data = options.load_data("digits")
         student = options.spec(data, "stillhouse:cnn")
         models, look = options.teachers(data, fresh=bool(cfg.teacher_epochs))
-        more = open_pool(options.unlabelled, data.train) if options.unlabelled else None
+        more = options.open_pool(options.unlabelled, data)
         network = options.network(student, run.seed)
         family = distill(run, data, student, models[0], cfg, unlabelled=more, network=network, **look)
 

@@ -137,18 +137,12 @@ def distill(
     some = data.train.take(np.arange(0, len(data.train), -(-len(data.train) // 512)))
     log_q = asked(map_tensors(some, lambda t: t.to(run.device)))["logits"].cpu()
     cost["class_bits"], cost["subclass_bits"] = information(log_q, classes)
-    one = data.train.take(np.arange(1))
-    for model in (grouped, reported):
-        model.cpu().eval()
-    base = reported
+    base: nn.Module = reported
     if normalize or resize:  # measured as it is asked
         base = Asked(Frozen(reported, input=read, normalize=normalize, resize=resize), [reported])
-    return Family(
-        [Member("student", grouped, spec=spec)], tuple(data.shape), tuple(data.classes), base, spec, cost,
-        notes=found.notes(data.classes), logs=run.log("distill"), base_name="teacher",
-        inputs=one["input"] if isinstance(one["input"], Mapping) else None, base_inputs=one.get("teacher"),
-        tokenizer=getattr(data.train, "tokenizer", None),
-    )  # fmt: skip
+    members, logs = [Member("student", grouped, spec=spec)], run.log("distill")
+    notes = found.notes(data.classes)
+    return Family.of(data, members, base, spec, cost, base_reads=read, notes=notes, logs=logs, base_name="teacher")
 
 
 def directions(run: Run, teacher: SubclassTeacher, train: Samples, cfg: Config) -> Subclasses:

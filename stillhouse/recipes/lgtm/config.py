@@ -47,6 +47,15 @@ class Config:
             )
         self.plain()
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside these, and why."""
+        if self.influence == "none":
+            return dict.fromkeys(("strength", "derivative", "radius"), "--influence none trains both without it")
+        if self.strength == 0:
+            return dict.fromkeys(("influence", "derivative", "radius"), "--strength 0 trains both without it")
+        return {"radius": "--derivative autograd takes no steps"} if self.derivative == "autograd" else {}
+
     def plain(self, objective: tuple[str, ...] = (), label: float = 1.0) -> Plain:
         """The student's side of the run as a plain distillation: what baselines take."""
         return Plain(

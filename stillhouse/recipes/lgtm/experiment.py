@@ -1,7 +1,7 @@
 """LGTM on real data; on built-in digits the claims of the card over seeds.
 
 stillhouse run lgtm --out runs/lgtm
-stillhouse run lgtm --data sst2 --teacher bert --model bag --lr 3e-3 --teacher-lr 5e-4 --compare --out runs/sst2
+stillhouse run lgtm --data sst2 --teacher bert --model bag --lr 3e-3 --teacher-lr 1e-3 --compare --out runs/sst2
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +36,15 @@ from stillhouse.trials import Arm, Results, claim, difference, mean, table, tria
 class OPTIONS(TeacherOptions):
     """Images or sentences, a student and a teacher, which is trained too."""
 
+    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher")
+
     compare: bool = False  # on your own data: also labels alone, a fixed teacher and the other settings, over seeds
+
+    def idle(self, config: Any) -> Mapping[str, str]:
+        """Comparisons run every form of the influence."""
+        if not self.own:
+            return {"compare": "the built-in experiment compares anyway"}
+        return {} if self.compare else super().idle(config)
 
 
 PRESET = Config(epochs=60, batch=32, lr=3e-3, teacher_lr=3e-3)
@@ -85,8 +93,8 @@ def tiny(run: Run, cfg: Config = TINY, student: ModelSpec = STUDENT, teacher: Mo
 
 def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None:
     """One run as the command makes it; with the built-in data or --compare also all arms, over seeds."""
-    own, seeds = options.own or bool(options.teacher), list(options.children())
-    if own:
+    seeds = list(options.children())
+    if options.own:
         trained_already = options.teacher_weights or any((Path(t) / "plan.json").exists() for t in options.teacher)
         if cfg.zero_heads and trained_already:
             raise UserError("--teacher is trained already, and its head would be set to zero; add --no-zero-heads")
@@ -107,7 +115,7 @@ def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None
             report.tables.append(table("Arms", arms, COLUMNS, note))
             times = mean(arms["LGTM, released"], "ms") / mean(arms["co-trained"], "ms")
             report.notes.append(f"a step of LGTM as released takes {times:.1f} times as long as one of co-training")
-        if not own:
+        if not options.own:
             slope = {"slope": partial(descent, tasks, cfg)}
             found = trials(run, slope, seeds)["slope"]
             if report is not None:

@@ -22,7 +22,7 @@ from stillhouse.objectives import cross_entropy, kl
 from stillhouse.outcomes import Member
 from stillhouse.recipes.lgtm.config import Config
 from stillhouse.recipes.lgtm.system import LGTM, answer, trained
-from stillhouse.system import fold, map_tensors
+from stillhouse.system import Signals, fold, map_tensors
 from stillhouse.taps import head
 from stillhouse.weights import cosine
 
@@ -79,15 +79,8 @@ def distill(
     notes = [f"{len(train)} training samples, {len(judge)} held-out ones that judge the student in every step"]
     if cfg.zero_heads:
         notes.append("the heads of both networks began at zero")
-    one = data.train.take(np.arange(1))
-    for model in (network, teacher):
-        model.cpu().eval()
-    return Family(
-        [Member("student", network, spec=spec)], tuple(data.shape), tuple(data.classes), teacher, spec, cost,
-        notes=notes, logs=run.log("lgtm"), base_name="teacher",
-        inputs=one["input"] if isinstance(one["input"], Mapping) else None, base_inputs=one.get("teacher"),
-        tokenizer=getattr(data.train, "tokenizer", None),
-    )  # fmt: skip
+    known: dict[str, Any] = {"base_name": "teacher", "base_reads": read, "logs": run.log("lgtm"), "notes": notes}
+    return Family.of(data, [Member("student", network, spec=spec)], teacher, spec, cost, **known)
 
 
 def parts(data: Data, cfg: Config, seed: int) -> tuple[Samples, Samples]:
@@ -102,12 +95,10 @@ def check(student: nn.Module, teacher: nn.Module, example: Any, read: str, data:
     shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
     if shared:
         raise UserError("student and teacher share parameters; both are trained, so give two networks")
-    for who, model, key in (("student", student, "input"), ("teacher", teacher, read)):
+    for who, model in (("student", student), ("teacher", teacher)):
         if not trained(model):
             raise UserError(f"the {who} has no trainable parameter, and LGTM trains both; unfreeze it")
-        outputs = asked(model, example[key]).shape[1]
-        if outputs != len(data.classes):
-            raise UserError(f"the {who} gives {outputs} logits, but {data.name} has {len(data.classes)} classes")
+    plain.check_classes(student, [lambda batch: Signals(logits=asked(teacher, batch[read]))], example, data)
 
 
 def asked(model: nn.Module, x: Any) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stillhouse.bilevel import mixed, step
-from stillhouse.bilevel.one_step import _plain
+from stillhouse.bilevel import mixed, own_precision, step
 from stillhouse.evaluate import call, evaluating, logits_of
 from stillhouse.objectives import cross_entropy, kl
 from stillhouse.plain import optimizer_of
@@ -92,7 +91,7 @@ class LGTM(System):
         own = _grads(loss, params)
         if self.cfg.influence == "none" or self.cfg.strength == 0:
             return Gradients(own, teacher=loss)
-        with _plain(loss.device.type):  # half precision is too coarse for it
+        with own_precision(loss.device.type):  # half precision is too coarse for it
             found, outer = self.influence(train, batch["held_out"], clock)
         found = [self.cfg.strength * g for g in found]
         share = norm(found) / norm(own).clamp(min=1e-30)

@@ -45,3 +45,24 @@ class Config:
         for name in ("ratio", "lr_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}: expected a part in [0, 1], got {getattr(self, name)}")
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        found: dict[str, str] = {}
+        if self.way == "train":
+            own = ["ratio", "groups", "calibration", "whiten", "damping", "base_steps"]
+            found |= dict.fromkeys(own, "it is of --way fit")
+        if self.way == "fit":
+            own = ["coefficients", "embedding", "hidden", "code_lr", "steps"]
+            found |= dict.fromkeys(own, "it is of --way train")
+            if not self.base_steps:
+                own = ["optimizer", "lr", "lr_warmup", "weight_decay", "clip"]
+                found |= dict.fromkeys(own, "--way fit trains nothing without --base-steps")
+            if not self.whiten:
+                found["damping"] = "--no-whiten has no moments to damp"
+        elif self.coefficients == "free":
+            found |= dict.fromkeys(("embedding", "hidden", "code_lr"), "--coefficients free has no network for them")
+        if self.projections:
+            found["variant"] = "--projections names the layers"
+        return found

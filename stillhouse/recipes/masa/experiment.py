@@ -39,12 +39,27 @@ class OPTIONS(LanguageOptions):
     pretrained: bool = False  # images: start from the library's published weights
     image_size: int | None = None  # images: side of the squares, for folder: and hf: (default: at most 224)
 
+    @property
+    def text(self) -> bool:
+        """Whether ``--data`` names text."""
+        name = self.data or EMBEDDED
+        return name in (EMBEDDED, *NAMED) or name.startswith("hf:") or name.endswith((".txt", ".txt.gz"))
+
     def load(self) -> Corpus | Data:
         """The text, or the images, named by ``--data``."""
-        name = self.data or EMBEDDED
-        if name in (EMBEDDED, *NAMED) or name.startswith("hf:") or name.endswith((".txt", ".txt.gz")):
+        if self.text:
             return self.corpus()
-        return load(name, image_size=self.image_size, limit=self.limit, seed=self.seed)
+        return load(str(self.data), image_size=self.image_size, limit=self.limit, seed=self.seed)
+
+    def idle(self, config: Any) -> Mapping[str, str]:
+        sizes, words = ("width", "layers", "heads", "kv_heads"), ("tokenizer", "tokens", "length")
+        if self.text:
+            found = dict.fromkeys(("pretrained", "image_size"), "it is of images, and the data are text")
+        else:
+            found = dict.fromkeys((*sizes, *words), "it is of text, and --data names images")
+        if self.model != "llama":
+            found |= {name: found.get(name, "it is of --model llama") for name in sizes}
+        return {**found, **super().idle(config)} if self.model or not self.text else found  # else all arms are run
 
 
 PRESET = Config(steps=130, batch=16, base_steps=130, lr=4e-3)

@@ -27,7 +27,7 @@ from stillhouse.plain import check_classes
 from stillhouse.recipes.masa.codes import Coded, Coefficients, unit_rows
 from stillhouse.recipes.masa.config import Config
 from stillhouse.recipes.masa.fitting import fitted
-from stillhouse.students.dictionary import codes
+from stillhouse.students.dictionary import Mix, codes
 from stillhouse.students.edits import Edit
 from stillhouse.students.edits_shared import Dictionary
 from stillhouse.students.plan import Plan
@@ -76,6 +76,9 @@ def distill(
     """
     cfg, began = cfg or Config(), time.monotonic()
     spec, network = spec_and_network(base, network, run.seed)
+    if shared_already := [p for p, m in network.named_modules() if isinstance(m, Mix)]:
+        path = shared_already[0].partition(".parametrizations")[0]
+        raise UserError(f"{path}: its weight is already a function of shared ones; give the network from before")
     matrices: list[dict[str, Any]] = []
     if cfg.way == "fit":
         check(network, data)

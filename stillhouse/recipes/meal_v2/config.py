@@ -47,3 +47,13 @@ class Config:
             raise UserError("topk: only cached answers are shortened; give --cache too")
         if self.cutmix and (self.cache >= 0 or self.crops > 1):
             raise UserError("cutmix: teachers are asked about the mixed image, so it goes with cache -1 and crops 1")
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        found = {}
+        if self.discriminator == "none":
+            found = dict.fromkeys(("push", "last_relu", "narrowest"), "--discriminator none has no discriminator")
+        if not (self.student_epochs or self.teacher_epochs):
+            found["label_lr"] = "nothing is trained on labels first"
+        return found

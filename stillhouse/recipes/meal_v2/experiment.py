@@ -29,14 +29,15 @@ from stillhouse.recipes.meal_v2.recipe import distill, train_on_labels
 from stillhouse.report import Claim, Curve, Report, Table
 from stillhouse.system import fold
 from stillhouse.teacher_options import TeacherOptions, filled
+from stillhouse.teachers import Asked, Frozen
 from stillhouse.trials import mean, table, trials
 
 
 @dataclass(frozen=True)
 class OPTIONS(TeacherOptions):
-    """Images, a trained student and its teachers."""
+    """Images or sentences, a trained student and its teachers."""
 
-    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher")
+    BRINGS: ClassVar[tuple[str, ...]] = (*TeacherOptions.BRINGS, "student_weights")
 
     student_weights: Path | None = None  # .safetensors with the state dict of --model, which may be RUN/students/NAME
     seeds: int = 5  # seeds for the claims of the built-in experiment
@@ -123,24 +124,28 @@ def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None
 
 
 def brought(run: Run, options: OPTIONS, data: Data, cfg: Config) -> tuple[Family, list[nn.Module]]:
-    """The user's own: student and teachers by name or from folders."""
+    """The user's own: the family, and every teacher as a network that reads the student's inputs."""
     if not options.teacher:
         raise UserError("--teacher is missing: give trained networks (RUN/students/NAME, timm:NAME, …), one flag each")
     teachers, look = options.teachers(data, fresh=bool(cfg.teacher_epochs))
-    name = options.model or "stillhouse:cnn"
-    if student := continued(name):
+    if student := continued(options.model or ""):
         spec, network, plan = student
-        return distill(run, data, spec, teachers, cfg, network=network, plan=plan, **look), teachers
-    spec = options.spec(data, name)
+    else:
+        spec, network, plan = *started(run, options, data, cfg), None
+    family = distill(run, data, spec, teachers, cfg, network=network, plan=plan, **look)
+    return family, [Asked(Frozen(t, **look), [t]) for t in teachers] if look else teachers
+
+
+def started(run: Run, options: OPTIONS, data: Data, cfg: Config) -> tuple[ModelSpec, nn.Module]:
+    """A student that is no student of another run: how it is built, and with weights."""
+    spec = options.spec(data, "stillhouse:cnn")
     if not (options.pretrained or options.student_weights or cfg.student_epochs):
         raise UserError(
-            f"--model {name} has no trained weights: MEAL V2 fine-tunes a trained network; give --pretrained, "
+            f"--model {spec.name} has no trained weights: MEAL V2 fine-tunes a trained network; give --pretrained, "
             "--student-weights FILE, a folder RUN/students/NAME, or --student-epochs N to train it first"
         )
     network = options.network(spec, run.seed) or spec.build(seed=run.seed)
-    if options.student_weights:
-        network = filled(network, options.student_weights)
-    return distill(run, data, spec, teachers, cfg, network=network, **look), teachers
+    return spec, filled(network, options.student_weights) if options.student_weights else network
 
 
 def once(whole: Run, changes: Mapping[str, Any], cfg: Config, run: Run) -> dict[str, Any]:
@@ -178,7 +183,8 @@ def claims(arms: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int]) -> li
 def describe(run: Run, family: Family, teachers: Sequence[nn.Module], data: Data, command: str) -> Report:
     family.save(run.folder)
     students, metrics, _ = family.measure(data, run.folder, run.device)
-    found = [predict(t, data.test, device=run.device) for t in teachers]
+    read = "input" if family.base_inputs is None else "teacher"
+    found = [predict(t, data.test, device=run.device, read=read) for t in teachers]
     q = torch.stack([z.softmax(-1) for z, _ in found]).mean(0).log()
     rows = {"student before": run.memo("before", dict), "student after": students[-1].metrics}
     rows |= {f"teacher {k}": classification(*f) for k, f in enumerate(found)}

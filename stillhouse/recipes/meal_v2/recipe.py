@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -20,7 +21,7 @@ from stillhouse.recipes.meal_v2.config import Config
 from stillhouse.recipes.meal_v2.system import Meal
 from stillhouse.students.plan import Plan
 from stillhouse.system import Teacher
-from stillhouse.teachers import Ensemble, Frozen, Normalisation
+from stillhouse.teachers import Asked, Ensemble, Frozen, Normalisation
 
 
 def distill(
@@ -46,8 +47,8 @@ def distill(
         normalize, resize: of the teachers' input where it differs from the student's, as in `Frozen`.
 
     Returns:
-        A family of one, ``student``, with the first teacher as its base. ``before.json`` in the run folder holds the
-        student's test accuracy and NLL before it was fine-tuned.
+        A family of one, ``student``, whose base is the teacher, or `Asked` for the mean of several. ``before.json`` in
+        the run folder holds the student's test accuracy and NLL before it was fine-tuned.
 
     Raises:
         UserError: no teacher, settings or classes that do not fit; said before the first step.
@@ -56,11 +57,15 @@ def distill(
     spec, network = spec_and_network(student, network, run.seed)
     if not models or any(m is network for m in models):
         raise UserError(f"meal_v2 needs teachers that are not the student itself, got {len(models)}; give a copy")
-    frozen = [Frozen(m, normalize=normalize, resize=resize) for m in models]
-    check_classes(network, frozen, data.train.take(np.arange(min(4, len(data.train)))), data)
+    example = data.train.take(np.arange(min(4, len(data.train))))
+    if isinstance(example["input"], Mapping) and (normalize or resize or cfg.crops > 1 or cfg.cutmix):
+        raise UserError("normalize, resize, crops and cutmix are of images, and these data are sentences")
+    read = "teacher" if "teacher" in example else "input"
+    look: dict[str, Any] = {"input": read, "normalize": normalize, "resize": resize}
+    check_classes(network, [Frozen(m, **look) for m in models], example, data)
     train_on_labels(run, data, network, models, cfg)
     run.memo("before", lambda: classification(*predict(network, data.test, device=run.device)))
-    mean = Ensemble([Frozen(m, normalize=normalize, resize=resize) for m in models], average="probabilities")
+    mean = Ensemble([Frozen(m, **look) for m in models], average="probabilities")
     ask: Teacher = mean
     if cfg.cache >= 0:
         ask = kept(run, mean, data, cfg.cache, batch=cfg.batch, topk=cfg.topk or None)
@@ -68,17 +73,17 @@ def distill(
     views = Batches(data.train, cfg.batch // cfg.crops, views=max(0, cfg.cache) // cfg.crops, copies=cfg.crops)
     source = mixing(views, len(data.classes), cutmix=cfg.cutmix)
     fit(run, "fine-tune", system, prefetch(source, run.workers), epochs=cfg.epochs, settings=cfg)
-    for model in (network, *models):
-        model.cpu().eval()
     cost = {
         "trained_params": count_params(system),
         "teacher_params": sum(map(count_params, models)),
         "steps": max(1, round(cfg.epochs * source.steps_per_epoch)),
         "seconds": time.monotonic() - began,
     }
-    members = [Member("student", network, plan, spec=spec)]
-    shape, classes, logs = tuple(data.shape), tuple(data.classes), run.log("fine-tune")
-    return Family(members, shape, classes, models[0], spec, cost, logs=logs, base_name="teacher")
+    # Measured as it teaches: several as their mean, each with the normalisation and size it reads.
+    base = models[0] if len(models) == 1 and not (normalize or resize) else Asked(mean, models)
+    name = "teacher" if len(models) == 1 else "mean of the teachers"
+    members, logs = [Member("student", network, plan, spec=spec)], run.log("fine-tune")
+    return Family.of(data, members, base, spec, cost, base_reads=read, logs=logs, base_name=name)
 
 
 def train_on_labels(run: Run, data: Data, student: nn.Module, teachers: Sequence[nn.Module], cfg: Config) -> None:

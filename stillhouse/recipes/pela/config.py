@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stillhouse.errors import UserError
-from stillhouse.plain import Plain
+from stillhouse.plain import Moves
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Moves):
     """Settings of a PELA run; every field is a flag."""
 
     ratio: float = 2.0  # c: the two thin layers have 1/c of a layer's weights
@@ -41,8 +41,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.ratio > 1:
             raise UserError(f"ratio: expected a number above 1, got {self.ratio}; a pair at 1 saves nothing")
-        least = {"rank": 0, "least_outputs": 1, "task": 0, "feature": 0, "logits": 0, "perturbation": 0, "epsilon": 0,
-                 "teacher_epochs": 0, "epochs": 0, "tune_epochs": 0, "batch": 1, "lr": 0, "clip": 0}  # fmt: skip
+        own = ("rank", "task", "feature", "logits", "perturbation", "epsilon", "epochs", "tune_epochs", "lr")
+        least = {**self.LEAST, **dict.fromkeys(own, 0), "least_outputs": 1}
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise UserError(f"{name}: expected a number from {low}, got {getattr(self, name)}")
@@ -54,9 +54,21 @@ class Config:
         if self.epochs and not (self.task or self.feature or self.logits or self.perturbation):
             raise UserError("task, feature, logits and perturbation are all 0: there is nothing to learn; --epochs 0")
 
-    def moves(self, lr: float) -> Plain:
-        """The optimiser's part of the settings, as plain distillation has them."""
-        return Plain(
-            (), batch=self.batch, optimizer=self.optimizer, lr=lr, lr_warmup=self.lr_warmup,
-            weight_decay=self.weight_decay, clip=self.clip,
-        )  # fmt: skip
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        found = {}
+        if self.rank:
+            found["ratio"] = "--rank gives all layers one rank"
+        if not self.teacher_epochs:
+            found["teacher_lr"] = "--teacher-epochs 0 does not train the network first"
+        if not self.feature:
+            found["compare"] = "--feature 0 compares nothing"
+        if not self.perturbation:
+            found["epsilon"] = "--perturbation 0 leaves its term out"
+        if not self.epochs:
+            terms = ("task", "feature", "logits", "perturbation", "epsilon", "compare")
+            found |= dict.fromkeys(terms, "--epochs 0 leaves the intermediate stage out")
+        if not ((self.task and self.epochs) or self.tune_epochs):
+            found |= dict.fromkeys(("labelled", "label_smoothing"), "no stage learns from labels")
+        return found

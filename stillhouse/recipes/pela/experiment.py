@@ -20,7 +20,7 @@ from stillhouse.engine import Run
 from stillhouse.evaluate import call, classification, environment, evaluating, fidelity, predict
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec
-from stillhouse.plain import train_teacher
+from stillhouse.plain import train_first
 from stillhouse.recipes.pela.config import Config
 from stillhouse.recipes.pela.recipe import distill
 from stillhouse.recipes.pela.system import deviation, feature_error
@@ -66,7 +66,7 @@ def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None
     run.barrier()
     if not options.own:
         seeds = options.children()
-        arms = trials(run, {arm: partial(once, run, changes, cfg) for arm, changes in ARMS.items()}, seeds)
+        arms = trials(run, {arm: partial(once, run, data, changes, cfg) for arm, changes in ARMS.items()}, seeds)
         if report is not None:
             report.claims += claims(arms, list(seeds))
             columns = {
@@ -80,12 +80,11 @@ def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None
     return report
 
 
-def once(whole: Run, changes: Mapping[str, Any], cfg: Config, run: Run) -> dict[str, Any]:
+def once(whole: Run, data: Data, changes: Mapping[str, Any], cfg: Config, run: Run) -> dict[str, Any]:
     """One arm on one seed; the teacher is trained once per seed and is the same in every arm."""
-    data, network = load("digits"), BASE.build(seed=run.seed)
-    how = replace(cfg.moves(cfg.teacher_lr), teacher_epochs=cfg.teacher_epochs)
+    network = BASE.build(seed=run.seed)
     home = whole if run.seed == whole.seed else whole.child(f"given-{run.seed}", seed=run.seed, quiet=True)
-    train_teacher(home, "teacher", network, data, how)
+    train_first(home, network, data, cfg)
     family = distill(run, data, BASE, replace(cfg, teacher_epochs=0.0, **changes), network=network)
     (z, *_), y = family.logits(data.test)
     t, _ = predict(network, data.test)

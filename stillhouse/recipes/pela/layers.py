@@ -10,10 +10,7 @@ from torch import nn
 
 from stillhouse.errors import UserError
 from stillhouse.students.edits import Factor, full_rank, largest_paying_rank
-from stillhouse.students.lowrank import choose
 from stillhouse.system import fold
-
-__all__ = ["Thin", "choose", "rank_for", "refresh", "thin_layers"]
 
 
 @dataclass(frozen=True)

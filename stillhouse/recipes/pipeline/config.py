@@ -10,10 +10,11 @@ from typing import Literal
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.plain import Plain
 
+EXPORTS = ("onnx", "onnx-packed", "onnx-int8", "torch-export")
 FORMS = {
     "train": "train[:EPOCHS]", "prune": "prune:RATIO", "factor": "factor:RATIO", "sparsify": "sparsify:N:M",
     "distill": "distill[:EPOCHS]", "quantize": "quantize:intBITS",
-    "export": "export:onnx, export:onnx-int8 or export:torch-export",
+    "export": "export:" + ", export:".join(EXPORTS),
 }  # fmt: skip
 OPTIONS: dict[str, tuple[str, ...]] = {"quantize": ("train", "bucket")}
 
@@ -63,7 +64,7 @@ class Step:
                 "factor": lambda: 0 < float(self.value) < 1,
                 "sparsify": lambda: bool(re.fullmatch(r"\d+:\d+", self.value)) and 0 < self.n_of_m[0] < self.n_of_m[1],
                 "quantize": lambda: 2 <= self.bits <= 8,
-                "export": lambda: self.value in ("onnx", "onnx-int8", "torch-export"),
+                "export": lambda: self.value in EXPORTS,
             }[self.name]()
         except ValueError:
             fits = False

@@ -1,4 +1,4 @@
-"""The last student as a file that others run: ONNX, torch.export, and ONNX with 8-bit weights and activations."""
+"""The last student as a file that others run; ONNX with 8-bit weights and activations."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ from stillhouse.data import Data, Samples
 from stillhouse.engine import Run
 from stillhouse.errors import UserError, need
 from stillhouse.evaluate import classification, predict
-from stillhouse.export import export
+from stillhouse.export import SUFFIX, export
 from stillhouse.files import replacing
 from stillhouse.outcomes import Member
 from stillhouse.recipes.pipeline.config import Step
 from stillhouse.system import fold, walk
-
-SUFFIX = {"onnx": ".onnx", "torch-export": ".pt2", "onnx-int8": ".int8.onnx"}
 
 
 def exported(run: Run, member: Member, step: Step, data: Data) -> str:
     """Writes the student to ``exports/`` and checks it there; says what was found."""
 
     def make() -> str:
-        path = run.folder / "exports" / f"{member.name}{SUFFIX[step.value]}"
+        path = run.folder / "exports" / f"{member.name}{SUFFIX.get(step.value, '.int8.onnx')}"
         path.parent.mkdir(parents=True, exist_ok=True)
         x = data.train.take(np.arange(2))["input"]
         if step.value == "onnx-int8":

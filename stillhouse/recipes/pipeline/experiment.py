@@ -25,7 +25,7 @@ from stillhouse.outcomes import continued
 from stillhouse.recipes.pipeline.recipe import Config, distill
 from stillhouse.report import Claim, Curve, Report, Student, Table
 from stillhouse.report.units import milliseconds, percent, scaled
-from stillhouse.students.plan import Plan, unpacked
+from stillhouse.students.plan import Plan
 from stillhouse.system import fold
 from stillhouse.teacher_options import TeacherOptions, filled
 from stillhouse.trials import Results, claim, difference, mean, table, trials
@@ -92,8 +92,7 @@ def given(options: OPTIONS, data: Data, cfg: Config, seed: int) -> tuple[ModelSp
     """The user's network: a student of another run with its plan, or one by name, with weights or to be trained."""
     name = options.model or "stillhouse:cnn"
     if student := continued(name):
-        spec, network, plan = student
-        return spec, *unpacked(network, plan)
+        return student
     spec = options.spec(data, name)
     source = spec.name.partition(":")[0]
     trained = options.pretrained or options.weights or cfg.parsed[0].name == "train" or "." in source

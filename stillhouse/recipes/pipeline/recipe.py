@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from stillhouse.recipes.pipeline.config import Config, Step
 from stillhouse.recipes.pipeline.deploy import exported
 from stillhouse.recipes.pipeline.steps import DO, Line
 from stillhouse.students.parametrized import bake
-from stillhouse.students.plan import Plan
+from stillhouse.students.plan import Plan, unpacked
 from stillhouse.teachers import Ensemble, Frozen, Normalisation
 
 __all__ = ["Config", "Step", "distill"]
@@ -73,7 +72,8 @@ def distill(
     given = [teacher] if isinstance(teacher, nn.Module) else list(teacher or [])
     frozen = [Frozen(m, input=read, normalize=normalize, resize=resize) for m in given]
     check_classes(network, frozen, example, data)
-    line = Line(run, data, cfg, network, plan or Plan.identity(network))
+    network, plan = unpacked(network, plan or Plan.identity(network))  # codes of another run do not outlive a cut
+    line = Line(run, data, cfg, network, plan)
     if frozen:
         line.teacher = frozen[0] if len(frozen) == 1 else Ensemble(frozen)
     members: list[Member] = []
@@ -89,16 +89,11 @@ def distill(
             said = DO[step.name](line, name, step)
             members.append(snapshot(line, name, example["input"], spec))
         stages.append({"stage": name, "step": step.text, "what": said, "seconds": time.monotonic() - at})
-    one = data.train.take(np.arange(1))
     cost = {"stages": stages, "steps": line.steps, "seconds": time.monotonic() - began}
-    family = Family(
-        members, tuple(data.shape), tuple(data.classes), before or line.start(), spec, cost, notes=line.notes,
-        logs=line.logs, base_name="base", inputs=one["input"] if isinstance(one["input"], Mapping) else None,
-        tokenizer=getattr(data.train, "tokenizer", None),
-    )  # fmt: skip
     for m in members:
         m.importance = 1 / len(members)
-    return family
+    base = before or line.start()
+    return Family.of(data, members, base, spec, cost, base_name="base", notes=line.notes, logs=line.logs)
 
 
 @torch.no_grad()

@@ -69,19 +69,19 @@ def tiny(run: Run, cfg: Config = TINY, student: ModelSpec = STUDENT, lists: bool
 
 def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None:
     """One distillation as the command makes it; without flags also the claims, over seeds."""
-    data, own = options.load_data("digits"), options.own or bool(options.teacher)
-    if own:
+    data = options.load_data("digits")
+    if options.own:
         if not options.teacher:
             raise UserError("--teacher is missing: give a trained network (RUN/students/NAME, timm:NAME, …)")
         student = options.spec(data, "stillhouse:cnn")
-        network = student.build(seed=run.seed, pretrained=True) if options.pretrained else None
+        network = options.network(student, run.seed)
         teachers, look = options.teachers(data, fresh=bool(cfg.teacher_epochs))
         family = distill(run, data, student, teachers, cfg, network=network, **look)
     else:
         family = distill(run, data, STUDENT, TEACHER.build(seed=fold(run.seed, "teacher")), cfg)
     report = describe(run, family, data, cfg, command) if run.main else None
     run.barrier()
-    if not own:
+    if not options.own:
         arms = compare(run, cfg, options.children(), "classes", ARMS, few_digits)
         ranked = compare(run, cfg, options.children(), "lists", RANKED, few_lists)
         if report is not None:

@@ -29,7 +29,7 @@ class Config:
     cutoff: float = 0.5  # ask cutoff: the student's entropy in bits above which it is asked
     teacher_epochs: float = 0.0  # train the teacher first, for so many passes; 0 takes it as it comes
     student_epochs: float = 30.0  # distil in full precision first; 0 takes the student as it comes
-    epochs: float = 15.0  # passes with quantised weights; cycle: each but the last is followed by one for the points
+    epochs: float = 15.0  # passes with quantised weights; cycle: whole ones, one of points between two
     batch: int = 128  # samples per step, over all processes
     optimizer: Literal["sgd", "adamw"] = "sgd"  # of weights; sgd has Nesterov momentum 0.9
     lr: float = 0.05  # of the stages in full precision, at the top of their cosine
@@ -53,6 +53,20 @@ class Config:
             raise UserError(
                 f"auto_bits shares points: it needs method dq or cycle and 2 bits, got {self.method} and {self.bits}"
             )
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        found = dict[str, str]()
+        if self.method == "dq":
+            found |= dict.fromkeys(("backward", "rounding", "ask", "cutoff", "quantised_lr"), "it is of --method qd")
+        if self.method == "qd":
+            found |= dict.fromkeys(("points", "point_lr"), "it is of --method dq")
+        if self.ask != "cutoff":
+            found |= {"cutoff": "it is of --ask cutoff"}
+        if not self.kd:
+            found |= dict.fromkeys(("temperature", "reduction", "ask", "cutoff"), "--kd 0 asks no teacher")
+        return found
 
     def plain(self, lr: float | None = None) -> Plain:
         """The same training as plain distillation has it: what its parts are called with."""

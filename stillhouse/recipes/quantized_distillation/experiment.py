@@ -22,10 +22,10 @@ from stillhouse.models import ModelSpec
 from stillhouse.plain import train_teacher
 from stillhouse.recipes.quantized_distillation.config import Config
 from stillhouse.recipes.quantized_distillation.quantizers import Bucketed
-from stillhouse.recipes.quantized_distillation.recipe import KINDS, distill
+from stillhouse.recipes.quantized_distillation.recipe import distill, layers_of
 from stillhouse.recipes.quantized_distillation.sizes import account, reduction
 from stillhouse.report import Claim, Curve, Report, Table
-from stillhouse.students.parametrized import bake, parametrize_weights, weight_layers
+from stillhouse.students.parametrized import bake, parametrize_weights
 from stillhouse.students.plan import Plan
 from stillhouse.system import fold
 from stillhouse.teacher_options import TeacherOptions
@@ -39,14 +39,16 @@ PRESET = Config(
 TINY = replace(PRESET, epochs=1, student_epochs=1, teacher_epochs=1)
 TEACHER = ModelSpec("stillhouse:cnn", 10, (1, 8, 8), options={"widths": [32, 64, 192]})
 STUDENT = ModelSpec("stillhouse:cnn", 10, (1, 8, 8), options={"widths": [12, 24, 56]})
-ARMS: dict[str, dict[str, Any]] = {
-    "QD, 2 bits": {"bits": 2},
-    "QD, 2 bits, exact": {"bits": 2, "backward": "exact"},
-    "DQ, 2 bits": {"bits": 2, "method": "dq"},
-    "DQ, 2 bits, auto": {"bits": 2, "method": "dq", "auto_bits": True},
-    "cycle, 2 bits": {"bits": 2, "method": "cycle"},
-    "QD, 4 bits": {"bits": 4},
-    "DQ, 4 bits": {"bits": 4, "method": "dq"},
+QD = {"method": "qd", "backward": "plain", "auto_bits": False}
+DQ = {"method": "dq", "auto_bits": False}
+ARMS: dict[str, dict[str, Any]] = {  # all that their names say, whatever the flags are
+    "QD, 2 bits": {**QD, "bits": 2},
+    "QD, 2 bits, exact": {**QD, "bits": 2, "backward": "exact"},
+    "DQ, 2 bits": {**DQ, "bits": 2},
+    "DQ, 2 bits, auto": {**DQ, "bits": 2, "auto_bits": True},
+    "cycle, 2 bits": {**QD, "bits": 2, "method": "cycle"},
+    "QD, 4 bits": {**QD, "bits": 4},
+    "DQ, 4 bits": {**DQ, "bits": 4},
 }
 
 
@@ -58,8 +60,8 @@ def tiny(run: Run, cfg: Config = TINY, student: ModelSpec = STUDENT, teacher: Mo
 
 def main(run: Run, options: TeacherOptions, cfg: Config, command: str) -> Report | None:
     """One student as the command makes it; without flags also every arm on digits, over seeds."""
-    data, own = options.load_data("digits"), options.own or bool(options.teacher)
-    if own:
+    data = options.load_data("digits")
+    if options.own:
         if not options.teacher and cfg.kd:
             raise UserError("--teacher is missing: give a trained network (RUN/students/NAME, timm:NAME, …), or --kd 0")
         student = options.spec(data, "stillhouse:cnn")
@@ -70,7 +72,7 @@ def main(run: Run, options: TeacherOptions, cfg: Config, command: str) -> Report
         family = distill(run, data, STUDENT, TEACHER.build(seed=fold(run.seed, "teacher")), cfg)
     report = describe(run, family, data, cfg, command) if run.main else None
     run.barrier()
-    if not own:
+    if not options.own:
         arms = compare(run, cfg, options.children())
         if report is not None:
             report.claims += claims(arms, list(options.children()))
@@ -164,7 +166,7 @@ def once(cfg: Config, run: Run) -> dict[str, dict[str, float]]:
 def rounded(model: nn.Module, bits: int, bucket: int) -> tuple[nn.Module, Plan]:
     """The network with its weights quantised and nothing trained: what the paper calls post-mortem."""
     plan, model = Plan.identity(model), copy.deepcopy(model)
-    parametrize_weights(model, weight_layers(model, KINDS), lambda path, layer: Bucketed(bits, bucket))
+    parametrize_weights(model, layers_of(model), lambda path, layer: Bucketed(bits, bucket))
     return model, plan.then(*bake(model))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from torch import nn
@@ -17,17 +17,18 @@ from torch import nn
 from stillhouse.data import Data
 from stillhouse.engine import Run
 from stillhouse.errors import UserError
+from stillhouse.evaluate import count_params
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.plain import check_classes, train_teacher
 from stillhouse.recipes.quantized_distillation.config import Config
-from stillhouse.recipes.quantized_distillation.stages import Stages
-from stillhouse.students.parametrized import bake, weight_layers
+from stillhouse.recipes.quantized_distillation.stages import Stages, weight_of
+from stillhouse.students.parametrized import bake, weight_layers, weight_name
 from stillhouse.students.plan import Plan
 from stillhouse.teachers import Ensemble, Frozen, Normalisation
 
-KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, nn.MultiheadAttention)
 
 
 def distill(
@@ -63,9 +64,7 @@ def distill(
     models = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     if not models and cfg.kd and (cfg.student_epochs or cfg.method != "dq"):
         raise UserError("a teacher is needed: give one, or kd=0, or a trained student, student_epochs=0 and method dq")
-    layers = weight_layers(network, KINDS, cfg.include, cfg.exclude)
-    if not layers:
-        raise UserError(f"{type(network).__name__} has no layer to quantise ({', '.join(k.__name__ for k in KINDS)})")
+    layers = layers_of(network, cfg.include, cfg.exclude)
     example = data.train.take(np.arange(min(4, len(data.train))))
     read = "teacher" if "teacher" in example else "input"
     frozen = [Frozen(m, input=read, normalize=normalize, resize=resize) for m in models]
@@ -80,17 +79,30 @@ def distill(
         stages.full(network, ask)
     full = copy.deepcopy(network).cpu().eval()
     gap = stages.quantised(network, ask, layers, example["input"])
+    count = sum(weight_of(network, path).numel() for path in layers)
     plan = Plan.identity(full).then(*bake(network))
     members = [
         Member("full", full, importance=0.0, spec=spec),
         Member(f"q{cfg.bits}", network.cpu().eval(), plan, spec=spec),
     ]
     cost = {"steps": stages.steps, "seconds": time.monotonic() - began, "baked_difference": gap}
-    notes = [f"quantised: {len(plan.edits)} weights; biases and normalisation stay as they are", *stages.notes]
-    one = data.train.take(np.arange(1))
-    return Family(
-        members, tuple(data.shape), tuple(data.classes), models[0].cpu() if models else full, spec, cost, notes=notes,
-        logs=run.log(stages.last), base_name="teacher" if models else "",
-        inputs=one["input"] if isinstance(one["input"], Mapping) else None, base_inputs=one.get("teacher"),
-        tokenizer=getattr(data.train, "tokenizer", None),
+    part = 100 * count / count_params(full)
+    notes = [f"quantised: the weights of {len(layers)} layers, {part:.1f} % of the parameters", *stages.notes]
+    base, reads = (models[0], read) if models else (full, "input")
+    return Family.of(
+        data, members, base, spec, cost, base_reads=reads, base_name="teacher" if models else "", notes=notes,
+        logs=run.log(stages.last),
     )  # fmt: skip
+
+
+def layers_of(network: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
+    """Paths of the layers whose weight can be quantised; of an nn.MultiheadAttention its packed projections.
+
+    Raises:
+        UserError: there is none, or a pattern that names no module or one of another kind.
+    """
+    found = weight_layers(network, KINDS, include, exclude)
+    found = [p for p in found if getattr(layer := network.get_submodule(p), weight_name(layer)) is not None]
+    if not found:
+        raise UserError(f"{type(network).__name__} has no layer to quantise ({', '.join(k.__name__ for k in KINDS)})")
+    return found

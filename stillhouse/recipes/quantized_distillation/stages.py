@@ -20,7 +20,8 @@ from stillhouse.plain import optimizer_of, schedule
 from stillhouse.recipes.quantized_distillation.config import Config
 from stillhouse.recipes.quantized_distillation.quantizers import Bucketed, bits_for, first_points, shared_points
 from stillhouse.recipes.quantized_distillation.systems import PointDistill, QuantizedDistill, weights_of
-from stillhouse.students.parametrized import Codebook, bake, parametrize_weights, strip
+from stillhouse.students.packing import PARTS
+from stillhouse.students.parametrized import Codebook, bake, parametrize_weights, strip, weight_name
 from stillhouse.system import Clock, Schedule, Source, Teacher, map_tensors
 from stillhouse.teachers import Frozen
 
@@ -89,7 +90,7 @@ class Stages:
         have = dict(zip(layers, counts, strict=True))
 
         def book(path: str, layer: nn.Module) -> Codebook:
-            weight: Any = layer.weight
+            weight = getattr(layer, weight_name(layer))
             return Codebook(
                 bits_for(have[path]), first_points(weight, have[path], cfg.bucket, cfg.points), cfg.bucket
             ).to(weight.device)
@@ -102,6 +103,12 @@ class Stages:
             p.requires_grad_(True)
 
 
+def weight_of(network: nn.Module, path: str) -> Tensor:
+    """The weight of a layer: what it computes with."""
+    layer = network.get_submodule(path)
+    return getattr(layer, weight_name(layer))
+
+
 def part_of(whole: Schedule, k: int, of: int) -> Schedule:
     """The k-th of so many equal stages of one schedule."""
     return lambda clock: whole(replace(clock, step=k * clock.steps + clock.step, steps=of * clock.steps))
@@ -109,8 +116,9 @@ def part_of(whole: Schedule, k: int, of: int) -> Schedule:
 
 def forget_codes(network: nn.Module) -> None:
     """Removes what `bake` kept of the codes of weights that are trained on."""
+    parts = {f"{weight}_{part}" for weight in ("weight", "in_proj_weight") for part in PARTS}
     for layer in network.modules():
-        for name in [n for n in layer._buffers if n in ("weight_points", "weight_scale", "weight_zero")]:
+        for name in [n for n in layer._buffers if n in parts]:
             del layer._buffers[name]
 
 
@@ -129,7 +137,7 @@ def gradient_norms(
     network: nn.Module, layers: Sequence[str], source: Source, run: Run, batches: int = 5
 ) -> list[float]:
     """‖mean over a few batches of ∂CE/∂w‖₂ of every layer's weight, in eval mode."""
-    weights: list[Tensor] = [network.get_submodule(p).weight for p in layers]  # type: ignore[misc]
+    weights = [weight_of(network, path) for path in layers]
     asked, sums = [w.requires_grad for w in weights], [torch.zeros_like(w) for w in weights]
     with evaluating(network):
         for w in weights:

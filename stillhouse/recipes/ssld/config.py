@@ -26,6 +26,8 @@ class Config:
     finetune_epochs: float = 30.0  # passes over the labelled images
     finetune_lr: float = 0.01  # learning rate of phase 2 as a part of phase 1's
     stage_lr: tuple[str, ...] = ()  # MODULE=FACTOR on the learning rate in phase 2, such as layer1=0.1
+    fix_epochs: float = 10.0  # passes over the labelled images at the size of use, for the last layer alone
+    fix_lr: float = 0.01  # learning rate of that as a part of phase 1's
     teacher_epochs: float = 0.0  # train the teacher on the labelled images first, for so many passes
     teacher_lr: float = 0.1  # top of its cosine
 
@@ -34,10 +36,20 @@ class Config:
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise UserError(f"{name}: expected a number from {low}, got {getattr(self, name)}")
-        for name in ("epochs", "lr", "finetune_epochs", "finetune_lr", "teacher_lr"):
+        for name in ("epochs", "lr", "finetune_epochs", "finetune_lr", "fix_epochs", "fix_lr", "teacher_lr"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}: expected a positive number, got {getattr(self, name)}")
         self.stages()
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        found = {"epochs": "--steps says how long phase 1 is"} if self.steps else {}
+        if self.finetune == "none":
+            found |= dict.fromkeys(("finetune_epochs", "finetune_lr", "stage_lr"), "--finetune none has no phase 2")
+        if not self.teacher_epochs:
+            found["teacher_lr"] = "the teacher is not trained without --teacher-epochs"
+        return found
 
     def stages(self) -> dict[str, float]:
         """`stage_lr` as module path → factor."""

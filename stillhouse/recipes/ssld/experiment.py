@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from stillhouse.data import Batches, Data, Subset, load
-from stillhouse.data.pools import open_pool
 from stillhouse.distill import Distill
 from stillhouse.engine import Run, fit
 from stillhouse.errors import UserError
@@ -39,10 +38,20 @@ from stillhouse.weights import cosine
 class OPTIONS(TeacherOptions):
     """Images, a student, its teacher and a pool of images without labels."""
 
-    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher", "pool")
+    BRINGS: ClassVar[tuple[str, ...]] = (*TeacherOptions.BRINGS, "pool", "fix_size")
 
     pool: str | None = None  # images without labels: folder:PATH (files at any depth), or data by name, labels not read
+    fix_size: int | None = None  # side of the images that the student is for; its last layer is tuned to it at the end
     seeds: int = 6  # seeds for the claims of the built-in experiment
+
+    def idle(self, config: Any) -> Mapping[str, str]:
+        """Settings of the pool and of the tuning to another size do nothing without them."""
+        found = dict(super().idle(config))
+        if self.own and self.pool is None:
+            found |= dict.fromkeys(("per_class", "radius"), "there is no --pool")
+        if self.own and self.fix_size is None:
+            found |= dict.fromkeys(("fix_epochs", "fix_lr"), "there is no --fix-size")
+        return found
 
 
 PRESET = Config(steps=1500, batch=64, per_class=0, lr=0.01, finetune_epochs=20, teacher_lr=0.1)
@@ -62,19 +71,19 @@ ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # images in all, changes of the
 }
 
 
-def digits(seed: int, n: int) -> tuple[Data, Subset | None]:
-    """150 labelled digits and n − 150 others; larger pools hold the smaller ones."""
-    whole = load("digits")
+def digits(seed: int, n: int, size: int | None = None) -> tuple[Data, Subset | None]:
+    """150 labelled digits and n − 150 others, of 8 × 8 pixels or of `size`; larger pools hold the smaller ones."""
+    whole = load("digits", image_size=size)
     order = np.random.default_rng(fold("order", seed)).permutation(len(whole.train))
     known, rest = Subset(whole.train, order[:LABELLED]), Subset(whole.train, order[LABELLED:n])
     return Data(f"digits, {LABELLED} labelled", known, whole.test), rest if len(rest) else None
 
 
-def tiny(run: Run, cfg: Config = TINY, student: ModelSpec = STUDENT) -> Family:
-    """One run of about a second on 150 digits and a pool of 150, for the contract table."""
+def tiny(run: Run, cfg: Config = TINY, student: ModelSpec = STUDENT, size: int | None = None) -> Family:
+    """One run of about a second on 150 digits and a pool of 150, for the contract table; tuned to a size when asked."""
     data, pool = digits(0, 300)
     teacher = ModelSpec("stillhouse:cnn", 10, (1, 8, 8), options={"widths": [4, 4, 8]}).build(seed=3)
-    return distill(run, data, student, teacher, pool, cfg)
+    return distill(run, data, student, teacher, pool, cfg, larger=digits(0, LABELLED, size)[0] if size else None)
 
 
 def trained_teacher(run: Run, cfg: Config, epochs: float = 40) -> nn.Module:
@@ -115,12 +124,11 @@ def brought(run: Run, options: OPTIONS, cfg: Config) -> tuple[Family, Data]:
         raise UserError(
             f"--teacher: expected one trained network (RUN/students/NAME, timm:NAME, …), got {len(options.teacher)}"
         )
-    pool = None
-    if options.pool:
-        pool = open_pool(options.pool, data.train, image_size=options.image_size, augment=options.augment)
+    larger = replace(options, image_size=options.fix_size).load_data("digits") if options.fix_size else None
     (teacher,), look = options.teachers(data, fresh=bool(cfg.teacher_epochs))
-    spec = options.spec(data, "stillhouse:cnn")
-    return distill(run, data, spec, teacher, pool, cfg, network=options.network(spec, run.seed), **look), data
+    spec, pool = options.spec(data, "stillhouse:cnn"), options.open_pool(options.pool, data)
+    network = options.network(spec, run.seed)
+    return distill(run, data, spec, teacher, pool, cfg, larger=larger, network=network, **look), larger or data
 
 
 def labels_alone(cfg: Config, run: Run) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.plain import Plain, check_classes, train_teacher
 from stillhouse.recipes.ssld.config import Config
+from stillhouse.recipes.ssld.size import fix
 from stillhouse.system import Batch, Clock, Terms
-from stillhouse.teachers import Frozen, Normalisation
+from stillhouse.taps import head
+from stillhouse.teachers import Asked, Frozen, Normalisation
 from stillhouse.weights import by_module, cosine
 
 OBJECTIVES = {"symmetric": "symmetric:1?T=1", "ce": "kd:1?T=1", "js": "js:1?T=1"}
@@ -46,6 +48,7 @@ def distill(
     pool: Samples | None = None,
     cfg: Config | None = None,
     *,
+    larger: Data | None = None,
     network: nn.Module | None = None,
     normalize: Normalisation | None = None,
     resize: int | None = None,
@@ -59,12 +62,13 @@ def distill(
         teacher: a trained network; is not changed.
         pool: further inputs of the same shape and normalisation; labels are not read. None has no pool.
         cfg: settings.
+        larger: the same data with images of the size that the student is for; its last layer is then tuned to it.
         network: the student with weights of its own where `student` is only a `ModelSpec`.
         normalize, resize: of the teacher's input where it differs from the student's, as in `Frozen`.
 
     Returns:
-        A family of one, ``student``, with the teacher as its base. ``pool.json`` in the run folder says which pool
-        images were kept, of which class and how sure the teacher was.
+        A family of one, ``student``, with the teacher as its base, for images as in `larger` where that is given.
+        ``pool.json`` in the run folder says which pool images were kept, of which class and how sure the teacher was.
 
     Raises:
         UserError: settings, classes or shapes that do not fit; said before the first step.
@@ -72,40 +76,40 @@ def distill(
     cfg, began = cfg or Config(), time.monotonic()
     spec, network = spec_and_network(student, network, run.seed)
     look: dict[str, Any] = {"normalize": normalize, "resize": resize}
-    check_classes(network, [Frozen(teacher, **look)], data.train.take(np.arange(min(4, len(data.train)))), data)
-    sgd = partial(torch.optim.SGD, lr=cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
-    slowed = partial(torch.optim.SGD, lr=cfg.lr * cfg.finetune_lr, momentum=0.9, weight_decay=cfg.weight_decay)
-    slow = by_module(network, cfg.stages(), slowed)
+    for part in [data, larger] if larger else [data]:
+        check_classes(network, [Frozen(teacher, **look)], part.train.take(np.arange(min(4, len(part.train)))), part)
+    if larger:
+        head(network, larger.train.take(np.arange(2))["input"])  # says now if there is no last layer to tune
+    sgd = partial(torch.optim.SGD, momentum=0.9, weight_decay=cfg.weight_decay)
+    slow = by_module(network, cfg.stages(), partial(sgd, lr=cfg.lr * cfg.finetune_lr))
     if cfg.teacher_epochs:
         teacher.requires_grad_(True)
         how = Plain(teacher_epochs=cfg.teacher_epochs, batch=cfg.batch, lr=cfg.teacher_lr)
         train_teacher(run, "teacher", teacher, data, how)
     images, notes = unlabelled(run, data, pool, Frozen(teacher, **look), cfg)
     ask = Frozen(teacher, **look, batch_statistics=cfg.batch_statistics)
-    objective = [OBJECTIVES[cfg.objective]]
+    free = partial(LabelFree, teacher=ask, objectives=[OBJECTIVES[cfg.objective]], label=0.0)
+    later = partial(Distill, teacher=None, objectives=[]) if cfg.finetune == "labels" else free
 
     source = prefetch(Batches(images, cfg.batch), run.workers)
     steps = cfg.steps or max(1, round(cfg.epochs * source.steps_per_epoch))
-    learner = LabelFree(
-        network, ask, objectives=objective, label=0.0, optimizer=sgd, lr=cosine(round(cfg.warmup * steps))
-    )
+    learner = free(network, optimizer=partial(sgd, lr=cfg.lr), lr=cosine(round(cfg.warmup * steps)))
     fit(run, "label-free", learner, source, steps=steps, settings=cfg)
     if cfg.finetune != "none":
-        taught = cfg.finetune == "teacher"
-        kind, objectives = (LabelFree, objective) if taught else (Distill, [])
-        tuner = kind(network, ask, objectives=objectives, label=0.0 if taught else 1.0, optimizer=slow, lr=cosine())
-        known = prefetch(Batches(data.train, cfg.batch), run.workers)
-        fit(run, "fine-tune", tuner, known, epochs=cfg.finetune_epochs, settings=cfg)
+        tuner, known = later(network, optimizer=slow, lr=cosine()), Batches(data.train, cfg.batch)
+        fit(run, "fine-tune", tuner, prefetch(known, run.workers), epochs=cfg.finetune_epochs, settings=cfg)
+    if larger:
+        tuning = partial(later, optimizer=partial(sgd, lr=cfg.lr * cfg.fix_lr), lr=cosine())
+        notes.append(fix(run, network, tuning, larger, cfg))
 
-    for model in (network, teacher):
-        model.cpu().eval()
     cost = {
         "trained_params": count_params(network), "teacher_params": count_params(teacher), "images": len(images),
         "steps": steps, "seconds": time.monotonic() - began,
     }  # fmt: skip
-    members, shape, classes = [Member("student", network, spec=spec)], tuple(data.shape), tuple(data.classes)
-    logs = [{**row, "phase": name} for name in ("label-free", "fine-tune") for row in run.log(name)]
-    return Family(members, shape, classes, teacher, spec, cost, notes=notes, logs=logs, base_name="teacher")
+    logs = [{**row, "phase": name} for name in ("label-free", "fine-tune", "fix") for row in run.log(name)]
+    base = Asked(Frozen(teacher, **look), [teacher]) if normalize or resize else teacher  # measured as it is asked
+    member = Member("student", network, spec=spec)
+    return Family.of(larger or data, [member], base, spec, cost, notes=notes, logs=logs, base_name="teacher")
 
 
 def unlabelled(run: Run, data: Data, pool: Samples | None, teacher: Frozen, cfg: Config) -> tuple[Samples, list[str]]:

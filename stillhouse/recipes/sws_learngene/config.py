@@ -52,6 +52,18 @@ class Config:
         if not self.epochs > 0:
             raise UserError(f"epochs: expected a positive number, got {self.epochs}")
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside these, and why."""
+        found = {"genes": "--stages says how many there are"} if self.stages else {}
+        if not self.alpha:
+            found |= dict.fromkeys(("temperature", "element_mean"), "--alpha 0 does not ask the teacher")
+        if not self.teacher_epochs:
+            found["teacher_lr"] = "the teacher is not trained without --teacher-epochs"
+        if not self.tune_epochs:
+            found |= dict.fromkeys(("tune_lr", "label_smoothing"), "--tune-epochs 0 leaves the networks as they start")
+        return found
+
     def moves(self, lr: float, warmup: float) -> Plain:
         """The optimiser's part of the settings, as plain distillation has them."""
         return Plain(

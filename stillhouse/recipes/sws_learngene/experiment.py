@@ -7,7 +7,7 @@ stillhouse run sws_learngene --model runs/vits/students/learngene --data folder:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,16 @@ from stillhouse.recipes.sws_learngene.recipe import auxiliary, descend, distill,
 from stillhouse.report import Claim, Curve, Report
 from stillhouse.students.blocks import alike_blocks
 from stillhouse.students.edits import Depth
+from stillhouse.students.plan import unpacked
 from stillhouse.students.sharing import spread
 from stillhouse.system import fold
 from stillhouse.teacher_options import TeacherOptions
 from stillhouse.trials import Results, claim, difference, table, trials
+
+STAGE_1 = (
+    "teacher", "teacher_weights", "teacher_size", "teacher_epochs", "teacher_lr", "pretrained", "depth", "stages",
+    "genes", "alpha", "temperature", "element_mean", "epochs", "lr", "lr_warmup",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,15 @@ class OPTIONS(TeacherOptions):
     """Images or sentences, a network with a list of blocks, and its teachers."""
 
     BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher")
+
+    @property
+    def gene(self) -> bool:
+        """Whether the model is one of another run, and stage 1 is over."""
+        return (Path(self.model or "") / "plan.json").exists()
+
+    def idle(self, config: Any) -> Mapping[str, str]:
+        over = dict.fromkeys(STAGE_1, "--model is of another run, whose blocks are taken as they are")
+        return {**super().idle(config), **(over if self.gene else {})}
 
 
 PRESET = Config(depths=(4, 6, 8, 10), genes=4, teacher_epochs=20.0, epochs=30.0, tune_epochs=6.0, batch=64, lr=2e-3,
@@ -62,9 +77,9 @@ def tiny(run: Run, cfg: Config = TINY, base: ModelSpec = SMALL, teacher: ModelSp
 
 def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None:
     """The learngene and the wanted networks as the command makes them; without flags also the arms, over seeds."""
-    data, name = options.load_data("digits"), options.model or ""
-    if (Path(name) / "plan.json").exists():
-        family = descend(run, data, gene_of(name, cfg), cfg)
+    data = options.load_data("digits")
+    if options.gene:
+        family = descend(run, data, gene_of(options.model or "", cfg), cfg)
     elif options.own:
         if not options.teacher:
             raise UserError("--teacher is missing: give a trained network (RUN/students/NAME, timm:NAME, …)")
@@ -93,6 +108,7 @@ def gene_of(folder: str, cfg: Config) -> Gene:
     if student is None:
         raise UserError(f"{folder} holds no student: there is no plan.json")
     spec, network, plan = student
+    network, plan = unpacked(network, plan)
     path, _ = alike_blocks(network, cfg.blocks)
     return Gene(network, path, plan, spec, tuple(read_json(Path(folder) / "plan.json")["classes"]))
 

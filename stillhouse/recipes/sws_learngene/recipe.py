@@ -123,19 +123,14 @@ def descend(run: Run, data: Data, gene: Gene, cfg: Config) -> Family:
     for m in members:
         tune(run, f"tune-{m.name}", data, m.model, own.path, cfg)
     gene_member = Member("learngene", own.network, own.plan, 0.0, own.spec)
-    one = data.train.take(np.arange(1))["input"]
     separate = sum(count_params(m.model) for m in members)
     cost = {
         "stored_params": count_params(own.network),
         "separate_params": separate,
         "seconds": time.monotonic() - began,
     }
-    return Family(
-        [gene_member, *members], tuple(data.shape), tuple(data.classes), own.network, own.spec,
-        {**cost, "seconds": time.monotonic() - began},
-        logs=[{**row, "name": m.name} for m in members for row in run.log(f"tune-{m.name}")],
-        inputs=one if isinstance(one, Mapping) else None, tokenizer=getattr(data.train, "tokenizer", None),
-    )  # fmt: skip
+    logs = [{**row, "name": m.name} for m in members for row in run.log(f"tune-{m.name}")]
+    return Family.of(data, [gene_member, *members], own.network, own.spec, cost, logs=logs)
 
 
 def tune(run: Run, name: str, data: Data, model: nn.Module, path: str, cfg: Config) -> None:

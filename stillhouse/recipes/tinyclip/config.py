@@ -52,3 +52,15 @@ class Config:
                 raise UserError(
                     f"{name}: expected a positive size for each of the {len(self.keep)} stages in keep, got {sizes}"
                 )
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        found = dict[str, str]()
+        if self.inherit != "auto":
+            found |= dict.fromkeys(("mask_steps", "ramp_steps", "gate_lr"), "it is of --inherit auto")
+        elif not self.teacher_epochs:
+            found |= {"lr_warmup": "with --inherit auto the rate rises over --mask-steps"}
+        if not self.teacher_epochs:
+            found |= {"teacher_lr": "nothing is trained without --teacher-epochs"}
+        return found

@@ -30,6 +30,7 @@ class Config:
     weight: Literal["gap", "similarity", "product", "none"] = "gap"  # of a pool sample: S1 − S2, S1, S1·(S1 − S2), 1
     beta: float = 1.0  # weight of the pool's term; 0 learns from the labels alone
     recheck: bool = False  # samples taken in leave again where the other ones of the bank name another class
+    whiten: bool = False  # contrast normalisation and ZCA whitening in front of the student (the authors' for CIFAR-10)
     batch: int = 32  # labelled samples per step, and as many of the pool
     optimizer: Literal["adam", "sgd"] = "adam"  # starts afresh in every round; sgd has Nesterov momentum 0.9
     lr: float = 5e-4  # learning rate
@@ -50,3 +51,17 @@ class Config:
                 raise UserError(f"{name}: expected a number from {low} to {high}, got {getattr(self, name)}")
         if not 0 < self.simclr_epochs < math.inf:
             raise UserError(f"simclr_epochs: expected a positive number, got {self.simclr_epochs}")
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        of_simclr = ("body", "simclr_epochs", "simclr_batch", "simclr_lr", "simclr_temperature", "projection")
+        names = of_simclr if self.teacher == "pca" else ("components",)
+        found = dict.fromkeys(names, f"it is not of --teacher {self.teacher}")
+        if self.teacher == "pca" and not self.augmented:
+            found |= dict.fromkeys(("crop", "colour"), "no view is drawn without --augmented or --teacher simclr")
+        if self.beta == 0:
+            found["weight"] = "--beta 0 learns from the labels alone"
+        if self.grow == 0 or self.rounds == 0:
+            found["recheck"] = "nothing is taken in with --grow 0 or --rounds 0"
+        return found

@@ -8,16 +8,16 @@ stillhouse run wad --data folder:labelled --pool folder:everything --encoder tim
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stillhouse.data import Batches, Data, Samples, load
-from stillhouse.data.pools import Mismatch, few, mismatch, open_pool, part_of
+from stillhouse.data.pools import Mismatch, few, mismatch, part_of
 from stillhouse.distill import Distill
 from stillhouse.encoders import open_encoder
 from stillhouse.engine import Run, fit
@@ -36,12 +36,20 @@ from stillhouse.trials import Results, mean, table, trials
 class OPTIONS(ImageOptions):
     """Images with few labels, and a pool."""
 
+    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "targets", "per_class", "mismatch", "pool", "encoder")
+
     seeds: int = 5  # seeds for the claims of the built-in experiment
     targets: tuple[int, ...] = ()  # classes of interest, by number (default: all); the others count as unknown
     per_class: int | None = None  # labelled samples of each class of interest; of the rest a pool is made
     mismatch: float | None = None  # part of the made pool that is of other classes (default: as it comes)
     pool: str | None = None  # a pool of your own: folder:PATH of image files at any depth, or as --data
     encoder: str | None = None  # a trained network as the teacher: RUN/students/NAME, timm:NAME, module:function, …
+
+    def idle(self, config: Any) -> Mapping[str, str]:
+        """Settings of teachers that are made here do nothing beside one that is brought."""
+        of_made = [f.name for f in fields(config) if f.name.startswith("simclr_")]
+        of_made += ["teacher", "components", "body", "projection"]
+        return {**super().idle(config), **(dict.fromkeys(of_made, "--encoder is the teacher") if self.encoder else {})}
 
 
 PRESET = Config(
@@ -101,10 +109,9 @@ def own_task(options: OPTIONS) -> tuple[Data, Samples, Mismatch | None]:
         raise UserError("--mismatch is for a pool made of the data; with --pool the pool is taken as it comes")
     train: Samples = part_of(whole.train, targets)
     test = part_of(whole.test, targets)
-    if options.pool is not None:
+    if (pool := options.open_pool(options.pool, whole)) is not None:
         if options.per_class is not None:
             train, _ = few(train, options.per_class, options.seed)
-        pool = open_pool(options.pool, whole.train, image_size=options.image_size, augment=options.augment)
         return Data(whole.name, train, test, notes=whole.notes), pool, None
     others = int((~np.isin(whole.train.labels, targets)).sum())
     share = others / max(1, len(whole.train) - len(targets) * (options.per_class or 0))

@@ -13,6 +13,7 @@ from stillhouse import objectives as O
 from stillhouse.evaluate import call, logits_of
 from stillhouse.recipes.wad.config import Config
 from stillhouse.recipes.wad.views import jitter
+from stillhouse.students.whitened import Whitened
 from stillhouse.system import Batch, Clock, System, Terms, Update
 
 
@@ -42,19 +43,20 @@ class WAD(System):
             optimizer = partial(torch.optim.SGD, lr=self.cfg.lr, momentum=0.9, nesterov=True)
         return [Update("learn", list(self.student.parameters()), optimizer)]
 
-    def seen(self, x: Any, clock: Clock, what: str) -> Any:
-        c = self.cfg
-        if not isinstance(x, Tensor):
-            return x
-        return jitter(x, clock.generator(what), flip=c.flip, shift=c.shift, noise=c.noise, shared=c.shared)
+    def logits(self, x: Tensor, clock: Clock, what: str) -> Tensor:
+        """What the student says of inputs changed at random; whitened first, as in the authors' code."""
+        c, network = self.cfg, self.student
+        if isinstance(network, Whitened):
+            x, network = network.front(x), network.body
+        x = jitter(x, clock.generator(what), flip=c.flip, shift=c.shift, noise=c.noise, shared=c.shared)
+        return logits_of(call(network, x))
 
     def learn(self, batch: Batch, clock: Clock) -> Terms:
         few = batch["labelled"]
-        z = logits_of(call(self.student, self.seen(few["input"], clock, "labelled")))
-        terms = {"label": O.cross_entropy(z, few["label"]).mean()}
+        terms = {"label": O.cross_entropy(self.logits(few["input"], clock, "labelled"), few["label"]).mean()}
         if self.cfg.beta > 0:
             pool = batch["pool"]
-            u, at = logits_of(call(self.student, self.seen(pool["input"], clock, "pool"))), pool["id"]
+            u, at = self.logits(pool["input"], clock, "pool"), pool["id"]
             terms["pool"] = self.cfg.beta * (self.weight[at] * O.cross_entropy(u, self.pseudo[at])).mean()
         return Terms(**terms)
 

@@ -27,6 +27,7 @@ from stillhouse.recipes.wad.config import Config
 from stillhouse.recipes.wad.encoders import features, simclr, whitened_pca
 from stillhouse.recipes.wad.growth import Growth
 from stillhouse.recipes.wad.learner import WAD
+from stillhouse.students.whitened import whitened
 from stillhouse.system import fold
 
 __all__ = ["WAD", "Config", "Grown", "distill"]
@@ -84,8 +85,10 @@ def distill(
     spec, network = spec_and_network(student, network, run.seed)
     check(network, data, pool)
     grown = Growth(data.train, Unlabelled(Subset(pool, np.arange(len(pool)), own_ids=True)))
+    both = Joined([Unlabelled(grown.labelled), grown.pool])
+    if cfg.whiten:
+        network, spec = whitened(network, both, spec)
     if encoder is None:
-        both = Joined([Unlabelled(grown.labelled), grown.pool])
         body = ModelSpec(cfg.body, cfg.projection, tuple(data.shape))
         encoder = whitened_pca(both, cfg.components, run.seed) if cfg.teacher == "pca" else simclr(run, both, body, cfg)
     system, rounds, logs = WAD(network, cfg, len(pool)), [], []

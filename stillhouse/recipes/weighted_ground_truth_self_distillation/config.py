@@ -13,6 +13,12 @@ from torch import Tensor
 from stillhouse.errors import UserError
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+OF = {
+    ("kernel",): ("kernel", "gamma", "landmarks"),
+    ("kernel", "last-layer"): ("clip", "ridge"),
+    ("last-layer", "networks"): ("held_out",),
+    ("networks",): ("penalty", "epochs", "batch", "optimizer", "lr"),
+}  # methods → the settings that they alone have
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,21 @@ class Config:
             raise UserError(f"held_out: expected a part in (0, 0.9], got {self.held_out}")
         if not (self.epochs > 0 and self.lr >= 0):
             raise UserError(f"epochs > 0 and lr >= 0 are needed, got {self.epochs} and {self.lr}")
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing under this method, and why."""
+        named, found = f"--method {self.method} has none", dict[str, str]()
+        for methods, names in OF.items():
+            if self.method not in methods:
+                found |= dict.fromkeys(names, named)
+        if self.weight == "optimal":
+            found["alpha"] = "--weight optimal estimates the labels' weight"
+        else:
+            found["clip"] = "--weight fixed estimates none"
+        if self.kernel == "linear":
+            found["gamma"] = "--kernel linear has none"
+        return found
 
     @property
     def moves(self) -> Callable[[Sequence[Tensor]], torch.optim.Optimizer]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,13 @@ from stillhouse.models import ModelSpec
 from stillhouse.outcomes import Models
 from stillhouse.recipes.weighted_ground_truth_self_distillation import closed
 from stillhouse.recipes.weighted_ground_truth_self_distillation.config import RIDGES, Config
-from stillhouse.recipes.weighted_ground_truth_self_distillation.problems import TABLES, kernel_matrix, problem
+from stillhouse.recipes.weighted_ground_truth_self_distillation.problems import (
+    TABLES,
+    from_data,
+    is_table,
+    kernel_matrix,
+    problem,
+)
 from stillhouse.recipes.weighted_ground_truth_self_distillation.recipe import kernel, last_layer, networks
 from stillhouse.report import Claim, Curve, Report, Table
 from stillhouse.students.plan import Plan
@@ -41,10 +47,28 @@ from stillhouse.trials import table, trials
 class OPTIONS(TeacherOptions):
     """Tables, images or sentences; a trained network for its last layer."""
 
+    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher")
+
     data: str | None = None  # kernel: diabetes, breast_cancer or module:function giving (x, y); else as of classifiers
     seeds: int = 30  # random splits for the claims of the built-in experiment
 
+    def idle(self, config: Config) -> dict[str, str]:
+        """Also the options of other methods; the built-in experiment is of ``kernel``."""
+        if not self.own and config.method == "kernel":
+            return {}
+        names = NOT_OF[config.method]
+        if config.method == "kernel" and is_table(self.data or ""):
+            names += ("image_size", "label_noise", "skip_bad")
+        return dict.fromkeys(names, f"it is not of --method {config.method}") | config.idle
 
+
+_TEACHER = ("teacher", "teacher_weights", "teacher_size")
+_TEXT = ("tokenizer", "length", "width", "layers", "dropout")
+NOT_OF: dict[str, tuple[str, ...]] = {
+    "kernel": ("model", "student", "pretrained", "stem", "augment", *_TEACHER, *_TEXT),
+    "last-layer": ("model", "student", "pretrained", "augment", "teacher_size"),
+    "networks": ("pretrained", *_TEACHER),
+}
 PRESET = Config(steps=5, epochs=40, batch=32, lr=3e-3)
 TINY = replace(PRESET, steps=3, epochs=2, held_out=0.3)
 MLP = ModelSpec("stillhouse:mlp", 10, (1, 8, 8), options={"widths": [32]})
@@ -73,20 +97,18 @@ def tiny(run: Run, cfg: Config = TINY, model: ModelSpec = MLP) -> Models | Famil
 
 def main(run: Run, options: OPTIONS, cfg: Config, command: str) -> Report | None:
     """One run as the command makes it; without --model and --data also the paper's table and the claims."""
-    own = options.own or bool(options.teacher)
     if cfg.method == "kernel":
-        if options.model or options.teacher:
-            raise UserError(
-                "--method kernel has no network; give --method last-layer or networks for --model, --teacher"
-            )
-        fitted = kernel(run, problem(options.data or "diabetes", run.seed, options.limit), cfg)
-        report = describe_kernel(run, fitted, options.data or "diabetes", cfg, command) if run.main else None
+        name = options.data or "diabetes"
+        labelled = None if is_table(name) else options.load_data(name)
+        asked = from_data(labelled, run.seed) if labelled else problem(name, run.seed, options.limit)
+        fitted = kernel(run, asked, cfg)
+        report = describe_kernel(run, fitted, name, cfg, command) if run.main else None
     else:
         data = options.load_data("digits")
         made = deep(run, options, data, cfg)
         report = describe(run, made, data, cfg, command) if run.main else None
     run.barrier()
-    if not own and cfg.method == "kernel":
+    if not options.own and cfg.method == "kernel":
         splits = trials(run, {name: partial(once, name) for name in TABLES}, options.children())
         nets = trials(run, {"networks": partial(nets_once, cfg)}, list(options.children())[:NETS])["networks"]
         if report is not None:
@@ -102,8 +124,13 @@ def deep(run: Run, options: OPTIONS, data: Any, cfg: Config) -> Family:
         return networks(run, data, options.spec(data, "stillhouse:cnn"), cfg)
     if len(options.teacher) != 1:
         raise UserError(f"--method last-layer needs one --teacher, the trained network, got {len(options.teacher)}")
-    (model,), _ = options.teachers(data)
+    (model,), look = options.teachers(data)
     name, spec, plan = options.teacher[0], None, None
+    if look:
+        raise UserError(
+            f"--teacher {name}: its published weights read another normalisation than {data.name} has, so its features "
+            "would be others; train it on these data first, and give RUN/students/NAME"
+        )
     if (Path(name) / "plan.json").exists():
         facts = read_json(Path(name) / "plan.json")
         plan = Plan.from_json(facts)
@@ -266,7 +293,7 @@ def nets_once(cfg: Config, run: Run) -> dict[str, float]:
         scores = family.evaluate(data)
         found |= {f"{name}: {k}": v for k, v in scores["accuracy"].items()}
         if name == "estimated":
-            found |= {f"weight {k}": float(v) for k, v in enumerate(family.notes[0].split(": ")[1].split(", "))}
+            found |= {f"weight {r['generation']}": r["label_weight"] for r in family.logs if "label_weight" in r}
     trained = CNN.build(seed=run.seed)
     how = plain.Plain(objective=(), label=1.0, teacher_epochs=20, batch=64, optimizer="adamw", lr=3e-3)
     plain.train_teacher(run, "trained", trained, data, how)

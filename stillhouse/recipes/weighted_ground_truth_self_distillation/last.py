@@ -23,7 +23,7 @@ from stillhouse.recipes.weighted_ground_truth_self_distillation import closed
 from stillhouse.recipes.weighted_ground_truth_self_distillation.config import RIDGES, Config
 from stillhouse.students.plan import Plan
 from stillhouse.system import fold
-from stillhouse.taps import tap
+from stillhouse.taps import head, tap
 
 
 def best_chain(
@@ -63,26 +63,28 @@ def last_layer(
     Args:
         data: ``data.held_out`` should be samples that the network has not learned from either: on those it knows, the
             ridge and the temperature come out too small.
-        model: a classifier whose last ``nn.Linear`` is its head; is not changed. spec, plan: how it is built again.
+        model: a classifier whose logits are what an ``nn.Linear`` gives; its weights stay. spec, plan: how it is built
+            again.
+
+    Raises:
+        UserError: logits that no linear layer gives, another number of classes, a head without a bias.
 
     Returns:
         ``student``: of the step with the least squared error on held-out samples; `model` is the family's base.
     """
     cfg, began = cfg or Config(method="last-layer"), time.monotonic()
-    path = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1:]
-    if not path:
-        raise UserError(f"{type(model).__name__} has no nn.Linear, so no last layer to refit")
+    path = head(model, data.train.take(np.arange(1))["input"])
     made = deepcopy(model).cpu().eval()
-    head = made.get_submodule(path[0])
-    assert isinstance(head, nn.Linear)
-    if head.out_features != len(data.classes) or head.bias is None:
+    layer = made.get_submodule(path)
+    assert isinstance(layer, nn.Linear)
+    if layer.out_features != len(data.classes) or layer.bias is None:
         raise UserError(
-            f"the last linear layer, {path[0]}, has {head.out_features} outputs and bias {head.bias is not None}; "
+            f"the last linear layer, {path}, has {layer.out_features} outputs and bias {layer.bias is not None}; "
             f"expected the {len(data.classes)} classes of {data.name} and a bias"
         )
     learn, held = parts(data, cfg, run.seed)
-    phi, y = features(model, path[0], learn, run.device)
-    phi_held, y_held = features(model, path[0], held, run.device)
+    phi, y = features(model, path, learn, run.device)
+    phi_held, y_held = features(model, path, held, run.device)
     middle, centre = phi.mean(0), y.mean(0)  # the bias is not shrunk
     rows, rows_held = phi - middle, phi_held - middle
     size = float(rows.square().sum(1).mean())
@@ -94,27 +96,23 @@ def last_layer(
     bias = centre - middle @ weight
     T = fit_temperature(phi_held @ weight + bias, y_held.argmax(1), smoothing=1 / (len(held) + 2))
     with torch.no_grad():
-        head.weight.copy_(weight.T / T)
-        head.bias.copy_(bias / T)
+        layer.weight.copy_(weight.T / T)
+        layer.bias.copy_(bias / T)
     cost = {"ridge": ridge * size, "best_step": best + 1, "temperature": T, "seconds": time.monotonic() - began}
-    one = data.train.take(np.arange(1))["input"]
-    return Family(
-        [Member("student", made, plan, spec=spec)], tuple(data.shape), tuple(data.classes), model.cpu(), spec, cost,
-        logs=logs, base_name="as it came", inputs=one if isinstance(one, Mapping) else None,
-        tokenizer=getattr(data.train, "tokenizer", None),
-    )  # fmt: skip
+    members = [Member("student", made, plan, spec=spec)]
+    return Family.of(data, members, model, spec, cost, logs=logs, base_name="as it came")
 
 
-def features(model: nn.Module, head: str, samples: Samples, device: Any, size: int = 256) -> tuple[Tensor, Tensor]:
-    """Inputs (N, d) of the module `head` on every sample, without augmentation, and the labels (N, C) as 0 or 1."""
+def features(model: nn.Module, path: str, samples: Samples, device: Any, size: int = 256) -> tuple[Tensor, Tensor]:
+    """Inputs (N, d) of the module `path` on every sample, without augmentation, and the labels (N, C) as 0 or 1."""
     found, labels = [], []
     model.to(device)
-    with torch.no_grad(), evaluating(model), tap(model, [f"{head}:in"]) as seen:
+    with torch.no_grad(), evaluating(model), tap(model, [f"{path}:in"]) as seen:
         for start in range(0, len(samples), size):
             batch = samples.take(np.arange(start, min(start + size, len(samples))))
             x = batch["input"]
             call(model, {k: v.to(device) for k, v in x.items()} if isinstance(x, Mapping) else x.to(device))
-            found.append(seen[f"{head}:in"].double().cpu())
+            found.append(seen[f"{path}:in"].double().cpu())
             labels.append(batch["label"])
     y = nn.functional.one_hot(torch.cat(labels), len(samples.classes)).double()
     return torch.cat(found), y

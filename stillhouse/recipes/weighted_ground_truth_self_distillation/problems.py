@@ -63,37 +63,60 @@ def problem(name: str, seed: int = 0, limit: int | None = None) -> Problem:
 
     Numbers as y make a regression, integers or words classes: ±1 for two, one column of ±1 per class for more.
     """
+    if not is_table(name):
+        return from_data(load(name, limit=limit, seed=seed), seed)
     if name in TABLES:
         from sklearn import datasets
 
         raw = getattr(datasets, f"load_{name}")()
         y = raw.target if name == "diabetes" else raw.target.astype(np.int64)
-        return from_table(name, raw.data, y, seed, tuple(map(str, getattr(raw, "target_names", ()))))
-    if ":" in name and name.partition(":")[0] not in ("folder", "hf"):
-        found = import_object(name, "--data")
-        found = found() if callable(found) else found
-        if isinstance(found, tuple) and len(found) == 2:
-            return from_table(name, *found, seed)
-        raise UserError(f"--data {name}: expected (x, y), got {type(found).__name__}")
-    return from_data(load(name, limit=limit, seed=seed), seed)
+        return from_table(name, raw.data, y, seed, tuple(map(str, getattr(raw, "target_names", ()))), limit)
+    found = import_object(name, "--data")
+    found = found() if callable(found) else found
+    if isinstance(found, tuple) and len(found) == 2:
+        return from_table(name, *found, seed, limit=limit)
+    raise UserError(f"--data {name}: expected (x, y), got {type(found).__name__}")
 
 
-def from_table(name: str, x: Any, y: Any, seed: int = 0, classes: tuple[str, ...] = ()) -> Problem:
-    """A `Problem` from arrays: x (N, …), y (N,) or (N, q) numbers, or (N,) integers or words."""
-    x = numpy_of(x).reshape(len(x), -1).astype(np.float64)
-    y = np.asarray(y)
-    if len(x) != len(y) or len(x) < 5:
-        raise UserError(f"{name}: expected as many targets as inputs and at least 5, got {len(x)} and {len(y)}")
-    if y.dtype.kind in "f":
+def is_table(name: str) -> bool:
+    """Whether the name is of (x, y), not of labelled samples."""
+    return name in TABLES or (":" in name and name.partition(":")[0] not in ("folder", "hf"))
+
+
+def from_table(
+    name: str, x: Any, y: Any, seed: int = 0, classes: tuple[str, ...] = (), limit: int | None = None
+) -> Problem:
+    """A `Problem` from arrays: x (N, …), y (N,) or (N, q) numbers, or (N,) integers or words.
+
+    Args:
+        name: of the problem. seed: of the split into parts of 60, 20 and 20 per cent.
+        classes: their names. limit: use only so many training samples.
+
+    Raises:
+        UserError: values that are no numbers or not finite, too few or constant targets, one class.
+    """
+    x, y = numpy_of(x, f"{name}: x"), numpy_of(y, f"{name}: y")
+    if x.dtype.kind not in "biuf":
+        raise UserError(f"{name}: inputs must be numbers, got {x.dtype}; encode words first")
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) < 5:
+        raise UserError(f"{name}: expected as many targets as inputs and at least 5, got {x.shape} and {y.shape}")
+    x = x.reshape(len(x), -1).astype(np.float64)
+    if y.dtype.kind == "f":
         targets, classes, parts = y.reshape(len(y), -1), (), np.zeros(len(y), np.int64)
-    else:
+    elif y.dtype.kind in "biuSU" and y.ndim == 1:
         known, parts = np.unique(y, return_inverse=True)
         if len(known) < 2:
             raise UserError(f"{name}: at least two classes are needed, got {known.tolist()}")
         classes = classes if len(classes) == len(known) else tuple(map(str, known))
         targets = signs(parts, len(known))
+    else:
+        raise UserError(f"{name}: targets must be numbers, (N,) integers or (N,) words, got {y.dtype} {y.shape}")
     learn, rest = divide(parts, 0.4, fold(seed, "test"))
     a, b = divide(parts[rest], 0.5, fold(seed, "validation"))
+    if limit is not None and limit < len(learn):
+        learn = learn[divide(parts[learn], limit / len(learn), fold(seed, "limit"))[1]]
+    if not np.ptp(targets[learn], axis=0).all():
+        raise UserError(f"{name}: a target is constant in the training part, so there is nothing to learn")
     cut = [learn, rest[a], rest[b]]
     return Problem(name, _parts(x, cut), _parts(targets, cut), classes)
 
@@ -111,7 +134,13 @@ def signs(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 def from_data(data: Data, seed: int = 0) -> Problem:
-    """A `Problem` from labelled samples: flattened inputs, a fifth of the training part for validation."""
+    """A `Problem` from labelled samples: flattened inputs, a fifth of the training part for validation.
+
+    Raises:
+        UserError: sentences, which no kernel is for.
+    """
+    if hasattr(data.train, "tokenizer"):
+        raise UserError(f"{data.name} holds sentences, and kernels are of numbers; take method last-layer or networks")
     train, validation = (
         (data.train, data.held_out) if data.held_out else split(data.train, 0.2, fold(seed, "validation"))
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,7 @@ from stillhouse.family import Family
 from stillhouse.generations import generations
 from stillhouse.models import ModelSpec
 from stillhouse.outcomes import Member, Models
+from stillhouse.plain import check_classes
 from stillhouse.recipes.weighted_ground_truth_self_distillation import closed
 from stillhouse.recipes.weighted_ground_truth_self_distillation.config import Config
 from stillhouse.recipes.weighted_ground_truth_self_distillation.deep import Mixture, estimate
@@ -32,6 +33,7 @@ from stillhouse.recipes.weighted_ground_truth_self_distillation.problems import 
 from stillhouse.system import fold
 from stillhouse.teachers import Frozen
 
+MOST = 20_000  # samples whose kernel matrix is made whole
 HOME = "stillhouse.recipes.weighted_ground_truth_self_distillation"
 
 
@@ -54,9 +56,19 @@ def kernel(run: Run, problem: Problem, cfg: Config | None = None) -> Models:
 
     Returns:
         One model, ``student``: of the step that is best on the validation part. ``logs`` has a row per step.
+
+    Raises:
+        UserError: more samples than a whole kernel matrix is made of, without landmarks; more landmarks than samples.
     """
     cfg, began = cfg or Config(), time.monotonic()
     (x, xv, xt), (y, yv, yt) = problem.standardised()
+    if len(x) > MOST and not cfg.landmarks:
+        raise UserError(
+            f"{problem.name}: the kernel matrix of {len(x):,} samples takes {8e-9 * len(x) ** 2:.0f} GB; give "
+            "--landmarks 2000, or --limit"
+        )
+    if cfg.landmarks > len(x):
+        raise UserError(f"landmarks: expected at most the {len(x)} training samples, got {cfg.landmarks}")
     gamma = 0.0 if cfg.kernel == "linear" else cfg.gamma or 1 / x.shape[1]
     points, transform = landmarks(x, cfg.landmarks, gamma, run.seed) if cfg.landmarks else (x, None)
 
@@ -105,8 +117,15 @@ def networks(run: Run, data: Data, spec: ModelSpec, cfg: Config | None = None) -
 
     Returns:
         ``g0``, ``g1``, … each with the checkpoint that was best on the held-out samples; ``logs`` of their training.
+
+    Raises:
+        UserError: a live module, of which no further networks can be built.
     """
+    if not isinstance(spec, ModelSpec):
+        raise UserError(f"method networks builds a network per step and needs a ModelSpec, got {type(spec).__name__}")
     cfg, began = cfg or Config(method="networks"), time.monotonic()
+    first = spec.build(seed=run.seed)
+    check_classes(first, [], data.train.take(np.arange(min(2, len(data.train)))), data)
     learn, held = parts(data, cfg, run.seed)
     source = prefetch(Batches(learn, cfg.batch), run.workers)
     alphas = [1.0]
@@ -116,9 +135,9 @@ def networks(run: Run, data: Data, spec: ModelSpec, cfg: Config | None = None) -
         return generations(run, make, source, count, epochs=cfg.epochs, settings=how, validation=held, name=name)
 
     def make(g: int, before: Sequence[nn.Module]) -> Mixture:
-        student = spec.build(seed=fold(run.seed, "generation", g) if g else run.seed)
         if not before:
-            return Mixture(student, None, 1.0, cfg)
+            return Mixture(first, None, 1.0, cfg)
+        student = spec.build(seed=fold(run.seed, "generation", g))
         teacher, alpha = Frozen(before[-1]), cfg.alpha
         if cfg.weight == "optimal":
             other = spec.build(seed=fold(run.seed, "on the teacher", g))
@@ -130,13 +149,10 @@ def networks(run: Run, data: Data, spec: ModelSpec, cfg: Config | None = None) -
     made = loop(make, cfg.steps, "generation")
     members = [Member(f"g{k}", m, importance=1 / cfg.steps, spec=spec) for k, m in enumerate(made)]
     weights = ", ".join(f"{a:.3f}" for a in alphas)
-    one = data.train.take(np.arange(1))["input"]
-    return Family(
-        members, tuple(data.shape), tuple(data.classes), deepcopy(made[0]), spec,
-        {"seconds": time.monotonic() - began}, notes=[f"weight of the labels, by step: {weights}"],
-        logs=[{**row, "generation": k} for k in range(cfg.steps) for row in run.log(f"generation{k}")],
-        inputs=one if isinstance(one, Mapping) else None, tokenizer=getattr(data.train, "tokenizer", None),
-    )  # fmt: skip
+    logs = [{"step": 0, "generation": k, "label_weight": a} for k, a in enumerate(alphas)]
+    logs += [{**row, "generation": k} for k in range(cfg.steps) for row in run.log(f"generation{k}")]
+    cost, notes = {"seconds": time.monotonic() - began}, [f"weight of the labels, by step: {weights}"]
+    return Family.of(data, members, deepcopy(made[0]), spec, cost, notes=notes, logs=logs)
 
 
 __all__ = ["Config", "best_chain", "distill", "kernel", "last_layer", "networks"]
