@@ -39,16 +39,9 @@ from stillhouse.recipes.pipeline.experiment import BASE, PRESET
 from stillhouse.recipes.pipeline.recipe import distill
 from stillhouse.recipes.quantized_distillation.quantizers import Bucketed, first_points
 from stillhouse.recipes.quantized_distillation.systems import PointDistill
-from stillhouse.students.parametrized import (
-    NM,
-    Codebook,
-    MinMax,
-    Symmetric,
-    bake,
-    nm_mask,
-    parametrize_weights,
-    weight_layers,
-)
+from stillhouse.students.parametrized import bake, parametrize_weights, weight_layers
+from stillhouse.students.patterns import nm_mask
+from stillhouse.students.projectors import NM, Codebook, MinMax, Symmetric
 
 Make = Callable[[str, Any], nn.Module]
 PROJECTORS: dict[str, Make | None] = {

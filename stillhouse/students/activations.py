@@ -17,7 +17,7 @@ from stillhouse.errors import UserError
 from stillhouse.evaluate import call, evaluating
 from stillhouse.students.attention import HeadAttention, resize_heads, torch_attention
 from stillhouse.students.edits import module_at
-from stillhouse.students.parametrized import EPS, straight_through
+from stillhouse.students.projectors import EPS, straight_through
 from stillhouse.system import Clock
 
 Mode = Literal["quantise", "follow", "measure"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.students.packing import Code, grouped
-from stillhouse.students.parametrized import EPS, Quantizer
+from stillhouse.students.projectors import EPS, Quantizer
 
 
 def normal_points(bits: int = 4) -> Tensor:

@@ -35,9 +35,10 @@ from stillhouse.recipes.gpusq_vit.system import Sensed, factors
 from stillhouse.run import Run
 from stillhouse.students.activations import FakeQuantize, Inputs, calibrate, fake_quantizers, follow_ranges, set_mode
 from stillhouse.students.edits import Pack
-from stillhouse.students.parametrized import NM, Half, Symmetric, bake, parametrize_weights, projectors, weight_name
+from stillhouse.students.parametrized import bake, parametrize_weights, projectors, weight_name
 from stillhouse.students.patterns import Pattern
 from stillhouse.students.plan import Plan, unpacked
+from stillhouse.students.projectors import NM, Half, Symmetric
 from stillhouse.system import Clock
 from stillhouse.taps import tap
 from stillhouse.teachers import Frozen, state_fingerprint

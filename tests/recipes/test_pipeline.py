@@ -26,8 +26,9 @@ from stillhouse.recipes.pipeline.recipe import distill
 from stillhouse.run import Run
 from stillhouse.students.edits import Depth, Factor, Pack, Remove, largest_paying_rank
 from stillhouse.students.lowrank import factorable, fit_ranks
-from stillhouse.students.parametrized import Symmetric, bake, parametrize_weights, weight_layers
+from stillhouse.students.parametrized import bake, parametrize_weights, weight_layers
 from stillhouse.students.plan import Keep, Plan, signature, unpacked
+from stillhouse.students.projectors import Symmetric
 
 MLP = ModelSpec("stillhouse:mlp", 10, (1, 8, 8), options={"widths": [32, 32]})
 EVERY = ("train:1", "prune:0.3", "factor:0.3", "sparsify:2:4", "distill:1", "quantize:int4?train=1&bucket=64")

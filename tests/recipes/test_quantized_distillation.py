@@ -33,8 +33,9 @@ from stillhouse.recipes.quantized_distillation.stages import Stages, gradient_no
 from stillhouse.recipes.quantized_distillation.systems import PointDistill, QuantizedDistill, asked, weights_of
 from stillhouse.run import Run
 from stillhouse.students.packing import grouped
-from stillhouse.students.parametrized import Codebook, bake, parametrize_weights, projectors, strip
+from stillhouse.students.parametrized import bake, parametrize_weights, projectors, strip
 from stillhouse.students.plan import Plan
+from stillhouse.students.projectors import Codebook
 from stillhouse.weights import cosine
 
 MLP = ModelSpec("stillhouse:mlp", 10, (1, 8, 8), options={"widths": [16]})

@@ -25,8 +25,9 @@ from stillhouse.recipes.sws_learngene.experiment import SMALL, TEACHER, TINY, VI
 from stillhouse.recipes.sws_learngene.gene import learned, set_drop_path, shared
 from stillhouse.recipes.sws_learngene.recipe import Config, auxiliary, descend, distill
 from stillhouse.run import Run
-from stillhouse.students.parametrized import Symmetric, bake, parametrize_weights, weight_layers
+from stillhouse.students.parametrized import bake, parametrize_weights, weight_layers
 from stillhouse.students.plan import Plan
+from stillhouse.students.projectors import Symmetric
 from stillhouse.students.sharing import even_stages, share_by_stage, spread, starts
 from stillhouse.system import Clock
 from stillhouse.teachers import Frozen, state_fingerprint

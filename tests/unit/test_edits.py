@@ -13,8 +13,9 @@ from stillhouse.models import ModelSpec
 from stillhouse.outcomes import Member, Models
 from stillhouse.students.edits import Depth, Factor, Pack, Remove, factorised, largest_paying_rank
 from stillhouse.students.packing import stored_bits
-from stillhouse.students.parametrized import MinMax, Symmetric, bake, parametrize_weights, weight_layers
+from stillhouse.students.parametrized import bake, parametrize_weights, weight_layers
 from stillhouse.students.plan import Keep, Plan, signature
+from stillhouse.students.projectors import MinMax, Symmetric
 
 X = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

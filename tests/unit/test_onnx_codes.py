@@ -18,8 +18,9 @@ from stillhouse.models import ModelSpec
 from stillhouse.onnx_codes import DECODE_AT_LOAD, Whole, scales, whole_numbers
 from stillhouse.outcomes import Member
 from stillhouse.students.kernels import to_torchao
-from stillhouse.students.parametrized import MinMax, Symmetric, bake, parametrize_weights, weight_layers
+from stillhouse.students.parametrized import bake, parametrize_weights, weight_layers
 from stillhouse.students.plan import Plan
+from stillhouse.students.projectors import MinMax, Symmetric
 
 VIT = {"patch_size": 4, "embed_dim": 32, "num_heads": 2, "depth": 1}
 SPECS = {

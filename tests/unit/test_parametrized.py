@@ -11,19 +11,9 @@ from torch import nn
 from stillhouse.errors import UserError
 from stillhouse.students.normalfloat import NormalFloat
 from stillhouse.students.packing import Code, decode, encode, groups, pack, stored_bits, unpack
-from stillhouse.students.parametrized import (
-    NM,
-    Codebook,
-    MinMax,
-    Symmetric,
-    bake,
-    nm_mask,
-    parametrize_weights,
-    projectors,
-    straight_through,
-    strip,
-    weight_layers,
-)
+from stillhouse.students.parametrized import bake, parametrize_weights, projectors, strip, weight_layers
+from stillhouse.students.patterns import nm_mask
+from stillhouse.students.projectors import NM, Codebook, MinMax, Symmetric, straight_through
 
 G = torch.Generator().manual_seed(0)
 W = torch.randn(6, 16, generator=G)

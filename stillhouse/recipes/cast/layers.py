@@ -14,8 +14,9 @@ from stillhouse.errors import UserError
 from stillhouse.students.blocks import block_lists
 from stillhouse.students.edits import Pack
 from stillhouse.students.packing import PARTS
-from stillhouse.students.parametrized import NM, bake, parametrize_weights, projectors, weight_layers
+from stillhouse.students.parametrized import bake, parametrize_weights, projectors, weight_layers
 from stillhouse.students.patterns import Pattern
+from stillhouse.students.projectors import NM
 
 
 @cache

@@ -7,8 +7,9 @@ import copy
 import torch
 from torch import nn
 
-from stillhouse.students.parametrized import Symmetric, bake, parametrize_weights, weight_layers
+from stillhouse.students.parametrized import bake, parametrize_weights, weight_layers
 from stillhouse.students.plan import Plan
+from stillhouse.students.projectors import Symmetric
 
 
 @torch.no_grad()

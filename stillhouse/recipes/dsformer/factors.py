@@ -12,7 +12,8 @@ from stillhouse.distill import Distill
 from stillhouse.recipes.dsformer.sizes import Layer
 from stillhouse.students.dense_sparse import Blocks, dense_sparse, descended, factorise, fill, oriented, sweep, top
 from stillhouse.students.edits_sparse import DenseSparse
-from stillhouse.students.parametrized import Projector, parametrize_weights, projectors
+from stillhouse.students.parametrized import parametrize_weights, projectors
+from stillhouse.students.projectors import Projector
 from stillhouse.system import Clock
 
 

@@ -22,7 +22,8 @@ from stillhouse.recipes.gpusq_vit.layers import Layers, weight_of
 from stillhouse.recipes.gpusq_vit.system import Sensed, factors
 from stillhouse.students.activations import Inputs, calibrate, set_mode
 from stillhouse.students.edits import Edit
-from stillhouse.students.parametrized import NM, Half, Symmetric, bake, parametrize_weights
+from stillhouse.students.parametrized import bake, parametrize_weights
+from stillhouse.students.projectors import NM, Half, Symmetric
 from stillhouse.system import fold, map_tensors
 from stillhouse.taps import tap
 from stillhouse.teachers import Frozen

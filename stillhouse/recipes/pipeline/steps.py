@@ -26,8 +26,10 @@ from stillhouse.students.build import plan_peers
 from stillhouse.students.lowrank import fit_ranks
 from stillhouse.students.norms import recalibrate
 from stillhouse.students.packing import stored_bits
-from stillhouse.students.parametrized import NM, Symmetric, nm_mask, parametrize_weights, weight_layers
+from stillhouse.students.parametrized import parametrize_weights, weight_layers
+from stillhouse.students.patterns import nm_mask
 from stillhouse.students.plan import Plan
+from stillhouse.students.projectors import NM, Symmetric
 from stillhouse.system import Teacher, fold
 from stillhouse.teachers import Frozen
 

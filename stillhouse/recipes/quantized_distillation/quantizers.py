@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.students.packing import Code, grouped, ungrouped
-from stillhouse.students.parametrized import EPS, MinMax, straight_through
+from stillhouse.students.projectors import EPS, MinMax, straight_through
 from stillhouse.system import fold
 
 MOST = 256  # points of a tensor: codes have 8 bits at most

@@ -21,7 +21,8 @@ from stillhouse.recipes.quantized_distillation.config import Config
 from stillhouse.recipes.quantized_distillation.quantizers import Bucketed, bits_for, first_points, shared_points
 from stillhouse.recipes.quantized_distillation.systems import PointDistill, QuantizedDistill, weights_of
 from stillhouse.students.packing import PARTS
-from stillhouse.students.parametrized import Codebook, bake, parametrize_weights, strip, weight_name
+from stillhouse.students.parametrized import bake, parametrize_weights, strip, weight_name
+from stillhouse.students.projectors import Codebook
 from stillhouse.system import Clock, Schedule, Source, Teacher, map_tensors
 from stillhouse.teachers import Frozen
 

@@ -16,7 +16,8 @@ from stillhouse.evaluate import call, logits_of
 from stillhouse.objectives import cross_entropy, kl
 from stillhouse.recipes.quantized_distillation.config import Config
 from stillhouse.recipes.quantized_distillation.quantizers import Bucketed, step_seed
-from stillhouse.students.parametrized import Codebook, projectors
+from stillhouse.students.parametrized import projectors
+from stillhouse.students.projectors import Codebook
 from stillhouse.system import Batch, Clock, Terms, map_tensors
 
 
