@@ -132,6 +132,7 @@ def bake(model: nn.Module, layers: Sequence[str] | None = None) -> list[Edit]:
         stands for the layer, and the edit for that. ``plan.then(*bake(model))`` is the plan of the baked model.
 
     Example:
+        >>> from stillhouse.students.projectors import Symmetric
         >>> net = nn.Sequential(nn.Linear(4, 2))
         >>> _ = parametrize_weights(net, ["0"], lambda path, layer: Symmetric(4))
         >>> [edit.facts() for edit in bake(net)]
