@@ -231,7 +231,7 @@ def test_mi_is_an_objective_like_the_others():
     assert torch.equal(comparison.bound(s, t), mutual_information(*comparison.critic(s, t), 0.1))
     value.backward()
     assert all(p.grad.abs().max() > 0 for p in (made.student.block[0].weight, comparison.critic.baseline.last.weight))
-    with pytest.raises(UserError, match="alpha must lie"):
+    with pytest.raises(UserError, match="alpha must be a number in"):
         system("mi:block:1?alpha=2")
 
 
