@@ -69,7 +69,7 @@ def invoke(argv: list[str]) -> int:
     except Interrupted as error:
         return said(130, f"stillhouse: {error}")
     except KeyboardInterrupt:
-        return said(130, "stillhouse: interrupted; go on with: stillhouse resume DIR")
+        return said(130, "stillhouse: interrupted; start the command again")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

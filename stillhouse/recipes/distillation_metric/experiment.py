@@ -98,7 +98,7 @@ def as_family(options: OPTIONS, data: Data) -> Family:
     for k, m in enumerate(members):
         if sum(other.name == m.name for other in members) > 1:
             m.name = f"{m.name}-{k}"
-    return Family(members, tuple(data.shape), tuple(data.classes), teacher.model, teacher.spec, base_name="teacher")
+    return Family.of(data, members, teacher.model, teacher.spec, base_name="teacher")
 
 
 def opened(name: str, data: Data) -> Member:

@@ -111,10 +111,9 @@ def distill(
         members.append(Member("pruned", pruned(master, cfg.sparsity).eval(), spec=spec))
     if cfg.quantise:
         members.append(Member("int8", *int8(master), spec=spec))
-    shape, classes = tuple(data.shape), tuple(data.classes)
     cost = {"students": len(members), "seconds": time.monotonic() - began}
     logs = [{**row, "stage": m.name} for m in members for row in run.log(m.name)]
-    return Family(members, shape, classes, master, spec, cost, logs=logs, base_name="teacher")
+    return Family.of(data, members, master, spec, cost, logs=logs, base_name="teacher")
 
 
 def teach(
