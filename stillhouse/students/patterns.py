@@ -75,7 +75,8 @@ class Pattern:
         """
         if not self.fits(w.shape):
             raise UserError(f"{self} sparsity needs rows that {self.m} divides, got a weight of {tuple(w.shape)}")
-        sizes = w.reshape(-1, self.m // self.unit, self.unit).abs().sum(2).unbind(1)
+        units = w.reshape(-1, self.m // self.unit, self.unit).abs()
+        sizes = (units.sum(2) if self.unit > 1 else units.squeeze(2)).unbind(1)
         rank = [torch.zeros(sizes[0].shape, dtype=torch.int16, device=w.device) for _ in sizes]
         for later in range(len(sizes)):  # each pair once: for small m several times faster than sorting
             for first in range(later):
@@ -83,7 +84,7 @@ class Pattern:
                 rank[later] += ahead
                 rank[first] += ~ahead
         kept = torch.stack(rank, 1) < self.n // self.unit
-        return kept.repeat_interleave(self.unit, 1).view(w.shape)
+        return (kept.repeat_interleave(self.unit, 1) if self.unit > 1 else kept).view(w.shape)
 
     def broken(self, w: Tensor) -> int:
         """How many groups have more than the pattern allows."""

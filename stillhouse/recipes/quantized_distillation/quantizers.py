@@ -70,8 +70,8 @@ class Bucketed(MinMax):
         if self.backward_style != "exact":
             return super().forward(w)
         fixed = w.detach()
-        values, code = self.values(fixed), self.code(fixed)
-        residual = (grouped(values.float(), self.group) - grouped(fixed.float(), self.group)) / code.scale[:, None]
+        values, before = self.values(fixed), grouped(fixed.float(), self.group)
+        residual = (grouped(values.float(), self.group) - before) / self.range(before)[1][:, None]
         wide = grouped(w.float(), self.group)
         alpha = wide.max(1).values - wide.min(1).values  # whose gradient goes to one value each
         alpha = torch.where(alpha < EPS, alpha.detach(), alpha)
