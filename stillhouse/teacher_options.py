@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from stillhouse.students.plan import Plan
 
 UNTRAINED = ("stillhouse", "torchvision", "timm", "transformers", "stillhouse.text.classifiers")  # as they are built
+STUDENT = (
+    "the student: timm:NAME, torchvision:NAME, stillhouse:NAME or package.module:function; of text: bag, bert, hf:NAME "
+    "or package.module:function"
+)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -29,7 +33,7 @@ class TeacherOptions(ClassifierOptions):
 
     BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher")
 
-    model: Annotated[str | None, tyro.conf.arg(aliases=["--student"])] = None  # the student; its --help names the forms
+    model: Annotated[str | None, tyro.conf.arg(aliases=["--student"], help=STUDENT)] = None
     teacher: tuple[str, ...] = ()  # RUN/students/NAME, or by name as --model; several are averaged
     teacher_weights: tuple[Path, ...] = ()  # .safetensors with a state dict, one per teacher
     teacher_size: int | None = None  # side of the square images the teacher reads (default: the student's)
