@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +15,13 @@ import torch
 from torch import nn
 
 from stillhouse import plain
-from stillhouse.comparisons import Objective, taps_of
 from stillhouse.data import Data, Samples, find, load
 from stillhouse.data.named import CIFAR10_MEAN, CIFAR10_STD
 from stillhouse.data.samples import Subset
 from stillhouse.distill import Distill
 from stillhouse.engine import Run
 from stillhouse.models import ModelSpec
-from stillhouse.plain import Plain, optimizer_of
-from stillhouse.students.reuse import reuse_head
+from stillhouse.plain import Plain
 from stillhouse.system import map_tensors
 from stillhouse.teacher_options import filled
 from stillhouse.teachers import Frozen
@@ -119,16 +118,10 @@ class Pair:
 
     def learner(self, task: Task, data: Data, master: nn.Module) -> Distill:
         """What `distill` trains, to be timed without it."""
-        cfg, example = self.config(task, data), data.train.take(np.arange(4))
-        student, objectives = self.student(data).build(seed=task.seed), [Objective.parse(o) for o in cfg.objective]
-        if task.arm == "simkd":
-            student, _, paths = reuse_head(student, master, example["input"], None)
-            objectives = [Objective("feature", 1.0, *paths)]
-        asked = Frozen(master, taps=taps_of(objectives), normalize=self.normalize)
-        return Distill(
-            student, asked if objectives else None, objectives=objectives, label=cfg.label, example=example,
-            optimizer=optimizer_of(cfg), clip=cfg.clip,
-        )  # fmt: skip
+        look = {"normalize": self.normalize}
+        with tempfile.TemporaryDirectory() as folder:
+            run, student = Run(folder, seed=task.seed, quiet=True), self.student(data).build(seed=task.seed)
+            return plain.assembled(run, data, student, None, [master], self.config(task, data), [look], Distill)[0]
 
     def student(self, data: Data) -> ModelSpec:
         raise NotImplementedError

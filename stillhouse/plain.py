@@ -29,7 +29,7 @@ from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
 from stillhouse.students.reuse import reuse_head
 from stillhouse.system import Schedule, Teacher, map_tensors
-from stillhouse.teachers import Asked, Cached, Ensemble, Frozen, Normalisation
+from stillhouse.teachers import Asked, Cached, Ensemble, Frozen, Normalisation, read_by_teachers
 from stillhouse.weights import cosine
 
 
@@ -132,11 +132,11 @@ def distill(
     if cfg.teacher_epochs:
         # What does not fit is said before a teacher is trained for hours.
         copies = copy.deepcopy([network, *models])  # a teacher's question freezes it, simkd changes the student
-        _assembled(run, data, copies[0], spec, copies[1:], cfg, looks, system, ask_later=True)
+        assembled(run, data, copies[0], spec, copies[1:], cfg, looks, system, ask_later=True)
         for k, model in enumerate(models):
             train_teacher(run, f"teacher{k or ''}", model, data, cfg)
             model.cpu().eval()
-    learner, live, network, spec = _assembled(run, data, network, spec, models, cfg, looks, system)
+    learner, live, network, spec = assembled(run, data, network, spec, models, cfg, looks, system)
     source = Batches(data.train, cfg.batch, views=max(0, cfg.cache), augment=cfg.cache != 0)
     fit(run, "distill", learner, prefetch(source, run.workers), epochs=cfg.epochs, settings=cfg)
     cost = {
@@ -149,8 +149,8 @@ def distill(
     # Measured as it teaches: several as their mean, each with the normalisation and size it reads.
     base = models[0] if len(models) == 1 and same else Asked(live, models)
     return Family.of(
-        data, [Member("student", network, spec=spec)], base, spec, cost, base_reads=_read(data), base_name="teacher",
-        notes=notes, logs=run.log("distill"),
+        data, [Member("student", network, spec=spec)], base, spec, cost, base_name="teacher", notes=notes,
+        base_reads=read_by_teachers(data.train.take(np.arange(1))), logs=run.log("distill"),
     )  # fmt: skip
 
 
@@ -168,12 +168,7 @@ def _check_looks(models: Sequence[nn.Module], looks: Sequence[Mapping[str, Any]]
         raise UserError("a teacher that is trained first (teacher_epochs) reads the data: drop normalize, resize")
 
 
-def _read(data: Data) -> str:
-    """What of a batch teachers read: their own token ids where there are such."""
-    return "teacher" if "teacher" in data.train.take(np.arange(1)) else "input"
-
-
-def _assembled(
+def assembled(
     run: Run,
     data: Data,
     network: nn.Module,
@@ -184,8 +179,13 @@ def _assembled(
     system: Callable[..., Distill],
     ask_later: bool = False,
 ) -> tuple[Distill, Teacher, nn.Module, ModelSpec | None]:
-    """What is trained, its teacher, and the student, which ``simkd`` changes; with `ask_later` no cache is filled."""
-    example, read = data.train.take(np.arange(min(4, len(data.train)))), _read(data)
+    """What `distill` trains, its teacher, and the student and its spec, which ``simkd`` changes.
+
+    Args:
+        looks: ``normalize`` and ``resize`` of every teacher's input. ask_later: fill no cache; others as there.
+    """
+    example = data.train.take(np.arange(min(4, len(data.train))))
+    read = read_by_teachers(example)
     objectives = [Objective.parse(o) for o in cfg.objective]
     check_classes(network, [Frozen(m, input=read, **look) for m, look in zip(models, looks)], example, data)
     reuse = next((o for o in objectives if o.name == "simkd"), None)
@@ -223,8 +223,9 @@ def train_teacher(run: Run, name: str, model: nn.Module, data: Data, cfg: Plain)
     """Labels alone, in place; a stage of its own, so that it is done once."""
     if not any(p.requires_grad for p in model.parameters()):
         model.requires_grad_(True)  # it was asked as a teacher before
+    read = read_by_teachers(data.train.take(np.arange(1)))
     plain = Distill(
-        model, None, objectives=(), read=_read(data), optimizer=optimizer_of(cfg), clip=cfg.clip or None,
+        model, None, objectives=(), read=read, optimizer=optimizer_of(cfg), clip=cfg.clip or None,
         lr=schedule(data, cfg, cfg.teacher_epochs),
     )  # fmt: skip
     source = prefetch(Batches(data.train, cfg.batch), run.workers)

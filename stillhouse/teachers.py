@@ -230,6 +230,11 @@ class Ensemble:
         return Signals({**features, "logits": (logs + w).logsumexp(0).detach(), "mean_logits": mean})
 
 
+def read_by_teachers(batch: Batch) -> str:
+    """The entry of a batch that teachers are given: ``teacher``, with token ids of their own, if it is there."""
+    return "teacher" if "teacher" in batch else "input"
+
+
 class Asked(nn.Module):
     """A teacher as a network, to be measured like one: what it answers to an input alone, and what that costs.
 

@@ -38,7 +38,7 @@ from stillhouse.trials import Results, mean, table, trials
 class OPTIONS(ImageOptions):
     """Images with few labels, source models and a student."""
 
-    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "sources", "per_class", "pool", "cache")
+    BRINGS: ClassVar[tuple[str, ...]] = (*ImageOptions.BRINGS, "sources", "per_class", "pool", "cache")
 
     seeds: int = 6  # seeds for the claims of the built-in experiment
     sources: tuple[str, ...] = ()  # trained networks: RUN/students/NAME, timm:NAME, module:function, NAME=FILE

@@ -40,7 +40,7 @@ from stillhouse.trials import claim, difference, trials
 class OPTIONS(ImageOptions):
     """Images, a teacher and students that are trained already."""
 
-    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher", "student")
+    BRINGS: ClassVar[tuple[str, ...]] = (*ImageOptions.BRINGS, "teacher", "student")
 
     model: str | None = None  # the teacher of a ladder, to be trained: stillhouse:NAME, torchvision:NAME, …
     teacher: str | None = None  # a trained teacher: RUN/students/NAME, or package.module:function

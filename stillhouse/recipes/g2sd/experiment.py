@@ -34,7 +34,7 @@ from stillhouse.trials import Results, claim, difference, mean, table, trials
 class OPTIONS(TeacherOptions):
     """Images, a small vision transformer, a masked autoencoder; the teacher is its fine-tuned self."""
 
-    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher", "autoencoder")
+    BRINGS: ClassVar[tuple[str, ...]] = (*TeacherOptions.BRINGS, "autoencoder")
 
     autoencoder: str | None = None  # hf:NAME or hf:FOLDER of a ViTMAEForPreTraining, timm:NAME, package.module:function
     arms: bool = False  # with --data alone: also every arm over seeds, on networks of the built-in experiment

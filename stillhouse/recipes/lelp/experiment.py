@@ -31,7 +31,7 @@ from stillhouse.score import Interval
 from stillhouse.students.grouped import Grouped, grouped_head
 from stillhouse.system import fold
 from stillhouse.teacher_options import TeacherOptions
-from stillhouse.teachers import Asked, Frozen
+from stillhouse.teachers import Asked, Frozen, read_by_teachers
 from stillhouse.trials import Arm, Results, claim, difference, table, trials
 
 
@@ -203,7 +203,7 @@ def measured(
     student, facts = learn(child, task, teacher, replace(cfg, teacher_epochs=0.0, epochs=times * cfg.epochs))
     seconds = time.monotonic() - began
     z, y = predict(student, task.few.test)
-    read = "teacher" if "teacher" in task.few.test.take(np.arange(1)) else "input"
+    read = read_by_teachers(task.few.test.take(np.arange(1)))
     said = Asked(Frozen(teacher, input=read, **task.look), [teacher]) if task.look else teacher
     t, _ = predict(said, task.few.test, read=read)
     own = classification(z, y)

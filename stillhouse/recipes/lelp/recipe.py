@@ -34,7 +34,7 @@ from stillhouse.recipes.lelp.subclasses import (
 )
 from stillhouse.students.grouped import Grouped, grouped_head
 from stillhouse.system import Batch, Clock, Schedule, System, Teacher, Terms, Update, fold, map_tensors
-from stillhouse.teachers import Asked, Frozen, Normalisation
+from stillhouse.teachers import Asked, Frozen, Normalisation, read_by_teachers
 from stillhouse.weights import cosine
 
 
@@ -109,7 +109,7 @@ def distill(
     cfg, began = cfg or Config(), time.monotonic()
     spec, network = spec_and_network(student, network, run.seed)
     example = data.train.take(np.arange(min(4, len(data.train))))
-    classes, read = len(data.classes), "teacher" if "teacher" in example else "input"
+    classes, read = len(data.classes), read_by_teachers(example)
     if (normalize or resize or unlabelled) and isinstance(example["input"], Mapping):
         raise UserError("normalize, resize and unlabelled are of images, and these data are sentences")
     at, logits = head_of(teacher, example[read], classes)

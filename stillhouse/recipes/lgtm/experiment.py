@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,14 +29,13 @@ from stillhouse.recipes.lgtm.system import LGTM, Params, answer, norm, trained
 from stillhouse.report import Claim, Curve, Image, Report, Table, grid
 from stillhouse.system import Batch, Clock, fold, map_tensors
 from stillhouse.teacher_options import TeacherOptions
+from stillhouse.teachers import read_by_teachers
 from stillhouse.trials import Arm, Results, claim, difference, mean, table, trials
 
 
 @dataclass(frozen=True)
 class OPTIONS(TeacherOptions):
     """Images or sentences, a student and a teacher, which is trained too."""
-
-    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher")
 
     compare: bool = False  # on your own data: also labels alone, a fixed teacher and the other settings, over seeds
 
@@ -220,7 +219,7 @@ def judged(family: Family, task: Task, teacher: nn.Module | None) -> dict[str, A
     own = classification(z, y)
     found = {"accuracy": own["accuracy"], "nll": own["nll"], "ms": 1e3 * family.cost["seconds"] / family.cost["steps"]}
     if teacher is not None:
-        read = "teacher" if "teacher" in task.data.test.take(np.arange(1)) else "input"
+        read = read_by_teachers(task.data.test.take(np.arange(1)))
         found["teacher"] = classification(*predict(teacher, task.data.test, read=read))["accuracy"]
     return found
 

@@ -24,6 +24,7 @@ from stillhouse.recipes.lgtm.config import Config
 from stillhouse.recipes.lgtm.system import LGTM, answer, trained
 from stillhouse.system import Signals, fold, map_tensors
 from stillhouse.taps import head
+from stillhouse.teachers import read_by_teachers
 from stillhouse.weights import cosine
 
 
@@ -56,7 +57,7 @@ def distill(
     cfg, began = cfg or Config(), time.monotonic()
     spec, network = spec_and_network(student, network, run.seed)
     example = data.train.take(np.arange(min(4, len(data.train))))
-    read = "teacher" if "teacher" in example else "input"
+    read = read_by_teachers(example)
     check(network, teacher, example, read, data)
     if cfg.zero_heads:
         for model, key in ((network, "input"), (teacher, read)):
@@ -141,7 +142,7 @@ def helpful(
     """
     cfg = cfg or Config()
     train, judge = parts(data, cfg, seed)
-    read = "teacher" if "teacher" in data.train.take(np.arange(1)) else "input"
+    read = read_by_teachers(data.train.take(np.arange(1)))
     params = trained(student.to(device))
     teacher.to(device)
 

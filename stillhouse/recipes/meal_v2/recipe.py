@@ -21,7 +21,7 @@ from stillhouse.recipes.meal_v2.config import Config
 from stillhouse.recipes.meal_v2.system import Meal
 from stillhouse.students.plan import Plan
 from stillhouse.system import Teacher
-from stillhouse.teachers import Asked, Ensemble, Frozen, Normalisation
+from stillhouse.teachers import Asked, Ensemble, Frozen, Normalisation, read_by_teachers
 
 
 def distill(
@@ -60,7 +60,7 @@ def distill(
     example = data.train.take(np.arange(min(4, len(data.train))))
     if isinstance(example["input"], Mapping) and (normalize or resize or cfg.crops > 1 or cfg.cutmix):
         raise UserError("normalize, resize, crops and cutmix are of images, and these data are sentences")
-    read = "teacher" if "teacher" in example else "input"
+    read = read_by_teachers(example)
     look: dict[str, Any] = {"input": read, "normalize": normalize, "resize": resize}
     check_classes(network, [Frozen(m, **look) for m in models], example, data)
     train_on_labels(run, data, network, models, cfg)

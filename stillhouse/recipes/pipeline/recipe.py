@@ -28,7 +28,7 @@ from stillhouse.recipes.pipeline.deploy import exported
 from stillhouse.recipes.pipeline.steps import DO, Line
 from stillhouse.students.parametrized import bake
 from stillhouse.students.plan import Plan, unpacked
-from stillhouse.teachers import Ensemble, Frozen, Normalisation
+from stillhouse.teachers import Ensemble, Frozen, Normalisation, read_by_teachers
 
 __all__ = ["Config", "Step", "distill"]
 
@@ -68,9 +68,8 @@ def distill(
     cfg, began = cfg or Config(), time.monotonic()
     spec, network = spec_and_network(base, network, run.seed)
     example = data.train.take(np.arange(min(4, len(data.train))))
-    read = "teacher" if "teacher" in example and teacher is not None else "input"
     given = [teacher] if isinstance(teacher, nn.Module) else list(teacher or [])
-    frozen = [Frozen(m, input=read, normalize=normalize, resize=resize) for m in given]
+    frozen = [Frozen(m, input=read_by_teachers(example), normalize=normalize, resize=resize) for m in given]
     check_classes(network, frozen, example, data)
     network, plan = unpacked(network, plan or Plan.identity(network))  # codes of another run do not outlive a cut
     line = Line(run, data, cfg, network, plan)

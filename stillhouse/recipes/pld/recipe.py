@@ -22,7 +22,7 @@ from stillhouse.engine import Run
 from stillhouse.errors import UserError
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec
-from stillhouse.teachers import Ensemble, Frozen, Normalisation
+from stillhouse.teachers import Ensemble, Frozen, Normalisation, read_by_teachers
 
 SURE = 0.95  # a teacher that gives its training labels more than this leaves nothing of (1) but the cross-entropy
 
@@ -85,7 +85,7 @@ def distill(
     how = {"network": network, "normalize": normalize, "resize": resize}
     family = plain.distill(run, data, student, teacher, cfg.as_plain(), **how)  # type: ignore[arg-type]
     models = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-    read = "teacher" if "teacher" in data.train.take(np.arange(1)) else "input"
+    read = read_by_teachers(data.train.take(np.arange(1)))
     ask = Ensemble([Frozen(m, input=read, normalize=normalize, resize=resize) for m in models])
     family.cost["teacher_on_label"] = sure = on_label(ask, data, cfg.temperature)
     said = f"the teacher gives the training labels {sure:.3f} of its weight at temperature {cfg.temperature:g}"

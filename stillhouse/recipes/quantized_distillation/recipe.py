@@ -26,7 +26,7 @@ from stillhouse.recipes.quantized_distillation.config import Config
 from stillhouse.recipes.quantized_distillation.stages import Stages, weight_of
 from stillhouse.students.parametrized import bake, weight_layers, weight_name
 from stillhouse.students.plan import Plan
-from stillhouse.teachers import Ensemble, Frozen, Normalisation
+from stillhouse.teachers import Ensemble, Frozen, Normalisation, read_by_teachers
 
 KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, nn.MultiheadAttention)
 
@@ -66,7 +66,7 @@ def distill(
         raise UserError("a teacher is needed: give one, or kd=0, or a trained student, student_epochs=0 and method dq")
     layers = layers_of(network, cfg.include, cfg.exclude)
     example = data.train.take(np.arange(min(4, len(data.train))))
-    read = "teacher" if "teacher" in example else "input"
+    read = read_by_teachers(example)
     frozen = [Frozen(m, input=read, normalize=normalize, resize=resize) for m in models]
     check_classes(network, frozen, example, data)
     for k, model in enumerate(models if cfg.teacher_epochs else []):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +46,6 @@ STAGE_1 = (
 @dataclass(frozen=True)
 class OPTIONS(TeacherOptions):
     """Images or sentences, a network with a list of blocks, and its teachers."""
-
-    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher")
 
     @property
     def gene(self) -> bool:

@@ -26,7 +26,7 @@ from stillhouse.plain import check_classes, optimizer_of, schedule, train_teache
 from stillhouse.recipes.sws_learngene.config import Config
 from stillhouse.recipes.sws_learngene.gene import Gene, learned, set_drop_path, shared
 from stillhouse.system import Teacher, fold
-from stillhouse.teachers import Ensemble, Frozen, Normalisation
+from stillhouse.teachers import Ensemble, Frozen, Normalisation, read_by_teachers
 
 __all__ = ["Config", "Gene", "auxiliary", "descend", "distill"]
 
@@ -88,7 +88,7 @@ def auxiliary(
     aux, path, stages = shared(network, cfg.blocks, cfg.depth, cfg.stages, cfg.genes)
     set_drop_path(aux, path, cfg.drop_path)
     example = data.train.take(np.arange(min(4, len(data.train))))
-    read = "teacher" if "teacher" in example else "input"
+    read = read_by_teachers(example)
     if cfg.mixup and (isinstance(example["input"], Mapping) or read == "teacher"):
         raise UserError("mixup mixes images, and these data are sentences; give --mixup 0")
     models = [teacher] if isinstance(teacher, nn.Module) else list(teacher)

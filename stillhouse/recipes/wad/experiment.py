@@ -36,7 +36,7 @@ from stillhouse.trials import Results, mean, table, trials
 class OPTIONS(ImageOptions):
     """Images with few labels, and a pool."""
 
-    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "targets", "per_class", "mismatch", "pool", "encoder")
+    BRINGS: ClassVar[tuple[str, ...]] = (*ImageOptions.BRINGS, "targets", "per_class", "mismatch", "pool", "encoder")
 
     seeds: int = 5  # seeds for the claims of the built-in experiment
     targets: tuple[int, ...] = ()  # classes of interest, by number (default: all); the others count as unknown

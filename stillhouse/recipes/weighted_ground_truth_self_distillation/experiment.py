@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +46,6 @@ from stillhouse.trials import table, trials
 @dataclass(frozen=True)
 class OPTIONS(TeacherOptions):
     """Tables, images or sentences; a trained network for its last layer."""
-
-    BRINGS: ClassVar[tuple[str, ...]] = ("model", "data", "teacher")
 
     data: str | None = None  # kernel: diabetes, breast_cancer or module:function giving (x, y); else as of classifiers
     seeds: int = 30  # random splits for the claims of the built-in experiment
