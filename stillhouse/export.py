@@ -322,15 +322,24 @@ def _program(model: nn.Module, example: Any, batch: Batch) -> torch.export.Expor
         raise UserError(f"{type(model).__name__} cannot be exported by torch.export: {_line(error)}; {fix}") from error
 
 
+def check_packages(to: str) -> None:
+    """Raises UserError where a package is missing that a format needs; for what exports after a long training."""
+    try:
+        if to.startswith("onnx"):
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise need("export", error.name or "onnx") from None
+
+
 def _onnx(
     model: nn.Module, example: Any, path: Path, batch: Batch, _: nn.Module | None, packed: bool = False
 ) -> Runner:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise need("export", error.name or "onnx") from None
+    check_packages("onnx")
+    import onnx
+    import onnxruntime
+
     if sum(t.numel() * t.element_size() for t in _tensors(model)) > 2_000_000_000:
         raise UserError("an ONNX file holds at most 2 GB of weights; use torch-export or safetensors")
     if any(t.dtype == torch.bfloat16 for t in _tensors(model)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -70,7 +71,9 @@ def test_steps_read_like_the_command_line_has_them():
         ("prune:1.5", ["'prune:1.5'", "prune:RATIO"]),
         ("prune", ["prune:RATIO"]),
         ("sparsify:4:2", ["sparsify:N:M"]),
-        ("quantize:int9", ["quantize:intBITS"]),
+        ("quantize:int9", ["quantize:intBITS (2 to 8)"]),
+        ("quantize:int1", ["quantize:intBITS (2 to 8)"]),
+        ("train,export:onnx-packed,quantize:int8", ["export:onnx-packed", "put quantize:int8 before it"]),
         ("quantize:int8?trian=0", ["no option 'trian'", "train"]),
         ("quantize:int8?train=x", ["needs a number", "'x'"]),
         ("prune:0.5?a=1", ["prune has no option 'a'"]),
@@ -302,6 +305,15 @@ def test_flags_that_do_nothing_are_one_line(flags, words, tmp_path, capsys):
     code = invoke(["run", "pipeline", "--data", "digits", "--out", str(tmp_path / "x"), *flags])
     said = capsys.readouterr().err.strip()
     assert code == 2 and "\n" not in said and all(w in said for w in words), said
+
+
+def test_a_missing_package_is_told_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    common = ["--data", "digits", "--model", "stillhouse:mlp", "--out", str(tmp_path / "x"), "--quiet"]
+    assert invoke(["run", "pipeline", *common, "--steps", "train:1,export:onnx"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said and "onnxruntime is not installed" in said
+    assert not (tmp_path / "x" / "stages").exists()
 
 
 def test_a_live_network_of_ones_own(tmp_path):

@@ -13,7 +13,7 @@ from stillhouse.plain import Plain
 EXPORTS = ("onnx", "onnx-packed", "onnx-int8", "torch-export")
 FORMS = {
     "train": "train[:EPOCHS]", "prune": "prune:RATIO", "factor": "factor:RATIO", "sparsify": "sparsify:N:M",
-    "distill": "distill[:EPOCHS]", "quantize": "quantize:intBITS",
+    "distill": "distill[:EPOCHS]", "quantize": "quantize:intBITS (2 to 8)",
     "export": "export:" + ", export:".join(EXPORTS),
 }  # fmt: skip
 OPTIONS: dict[str, tuple[str, ...]] = {"quantize": ("train", "bucket")}
@@ -187,6 +187,8 @@ def check_order(steps: list[Step]) -> None:
     for once in ("sparsify", "quantize"):
         if names.count(once) > 1:
             raise UserError(f"steps: {once} stands there {names.count(once)} times; give it once")
+    if any(s.value == "onnx-packed" and "quantize" not in names[:k] for k, s in enumerate(steps)):
+        raise UserError("steps: export:onnx-packed stores quantised weights; put quantize:int8 before it")
     if "train" in names[1:]:
         raise UserError("steps: train makes the network that the pipeline starts from; put it first")
     if all(n == "export" for n in names):

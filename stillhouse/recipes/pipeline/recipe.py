@@ -19,6 +19,7 @@ from stillhouse.data import Data
 from stillhouse.engine import Run
 from stillhouse.errors import UserError
 from stillhouse.evaluate import call, evaluating, logits_of
+from stillhouse.export import check_packages
 from stillhouse.family import Family
 from stillhouse.models import ModelSpec, spec_and_network
 from stillhouse.outcomes import Member
@@ -66,6 +67,9 @@ def distill(
         UserError: steps, classes or layers that do not fit; a budget that cannot be reached.
     """
     cfg, began = cfg or Config(), time.monotonic()
+    for step in cfg.parsed:
+        if step.name == "export":
+            check_packages(step.value)  # now, not after all the training before it
     spec, network = spec_and_network(base, network, run.seed)
     example = data.train.take(np.arange(min(4, len(data.train))))
     given = [teacher] if isinstance(teacher, nn.Module) else list(teacher or [])
