@@ -220,11 +220,9 @@ def export(
         0.0
     """
     writers: dict[str, Callable[..., Runner]] = {
-        "onnx": _onnx,
-        "onnx-packed": partial(_onnx, packed=True),
-        "torch-export": _torch_export,
+        "onnx": _onnx, "onnx-packed": partial(_onnx, packed=True), "torch-export": _torch_export,
         "safetensors": _safetensors,
-    }
+    }  # fmt: skip
     if to not in writers:
         raise UserError(f"unknown export format {to!r}; {did_you_mean(str(to), writers)}")
     if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
